@@ -1,0 +1,276 @@
+"""Quantization grids: which values a weight or an activation may take, and how it is rounded to them.
+
+The arithmetic is that of the compressed-tensors checkpoints this project writes, so what is measured here is
+what a loader computes: signed codes in [-2^(b-1), 2^(b-1) - 1], symmetric scale absmax / ((2^b - 1) / 2), and zero
+always on the grid."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import UserError, nearest
+
+GROUPINGS = ("tensor", "channel", "token")
+OBSERVERS = ("minmax", "mse")
+_KEYS = ("bits", "symmetric", "group", "dynamic", "observer")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A fitted grid of a (rows, cols) tensor cut into G groups along the columns.
+
+    Attributes:
+        scale: (rows or 1, G) float32 holding values of the dtype they will be stored in.
+        zero_point: like ``scale``, integer-valued; None if symmetric.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    def at(self, group: int) -> Levels:
+        """The levels of one group, (rows or 1, 1)."""
+        zero = self.zero_point
+        return Levels(self.scale[:, group : group + 1], None if zero is None else zero[:, group : group + 1])
+
+
+@dataclass(frozen=True)
+class QuantGrid:
+    """An integer grid and the part of a tensor that shares one scale.
+
+    Attributes:
+        bits: 2 to 8.
+        symmetric: no zero point.
+        group: ``tensor``, ``channel`` (a weight's output row), ``token`` (an activation's row), or a number of
+            consecutive columns.
+        dynamic: activations only: the scale is taken from each input at run time, not from calibration.
+        observer: ``minmax``, or ``mse`` to shrink the range where that lowers the rounding error (weights only).
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    group: str | int = "channel"
+    dynamic: bool = False
+    observer: str = "minmax"
+
+    @staticmethod
+    def parse_weights(value: object) -> QuantGrid:
+        """Reads ``int8``, ``int4-g128``, ``int4-g128-asym``, ``int8-tensor`` or a mapping of the fields.
+
+        Raises:
+            UserError: unknown word, key, bits outside 2–8, or a grouping weights cannot have.
+        """
+        grid = _parse(value, "weights", QuantGrid(group="channel"))
+        if grid.group == "token" or grid.dynamic:
+            raise UserError(
+                "weights have no tokens and do not change", "weights", "group them by channel, tensor or a number"
+            )
+        return grid
+
+    @staticmethod
+    def parse_activations(value: object) -> QuantGrid:
+        """Reads ``int8`` (per token, dynamic), ``int8-static`` (per tensor), ``int8-tensor``, or a mapping."""
+        grid = _parse(value, "activations", QuantGrid(group="token", dynamic=True))
+        if grid.group == "channel":
+            raise UserError(
+                "a scale per input channel cannot be multiplied out", "activations", "group by token or tensor"
+            )
+        if not grid.dynamic and grid.group != "tensor":
+            raise UserError(
+                "static scales cannot follow tokens", "activations", "use group: tensor with dynamic: false"
+            )
+        if grid.observer != "minmax":
+            raise UserError(f"observer {grid.observer} is for weights", "activations", "use observer: minmax")
+        return grid
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Lowest and highest code."""
+        return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+
+    def group_size(self, columns: int) -> int:
+        """Columns that share a scale."""
+        return self.group if isinstance(self.group, int) else columns
+
+    def misfit(self, columns: int) -> str:
+        """Why rows of ``columns`` inputs cannot have this grid, naming group sizes that fit; empty if they can."""
+        size = self.group_size(columns)
+        if columns % size == 0:
+            return ""
+        fits = [d for d in range(8, columns + 1) if columns % d == 0]
+        near = sorted(sorted(fits, key=lambda d: abs(d - size))[:4])
+        return f"group size {size} does not divide {columns} input columns; use one of {', '.join(map(str, near))}"
+
+    def bits_per_weight(self, columns: int, scale_bits: int = 16) -> float:
+        """Code bits plus the share of scale and zero point that one weight carries (rows: many)."""
+        if self.group == "tensor":
+            return float(self.bits)
+        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.group_size(columns)
+
+    def fit(self, x: Tensor, scale_dtype: torch.dtype = torch.float32, column_weight: Tensor | None = None) -> Levels:
+        """Scales and zero points for ``x``.
+
+        Args:
+            x: (rows, cols), finite.
+            scale_dtype: the dtype scales will be stored in; they are rounded to it here, so that codes are
+                chosen for the scale a loader reads.
+            column_weight: (cols,) importance of each column's squared error for the ``mse`` observer; ones if None.
+
+        Returns:
+            Levels of shape (rows or 1, cols / group size).
+        """
+        grouped = self._grouped(x.float())
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        if self.observer == "minmax":
+            return self.levels(low, high, scale_dtype)
+        weight = None if column_weight is None else self._grouped(column_weight.float().expand_as(x))
+        return self._fit_mse(grouped, low, high, scale_dtype, weight)
+
+    def levels(self, low: Tensor, high: Tensor, scale_dtype: torch.dtype = torch.float32) -> Levels:
+        """The grid over [low, high], where low ≤ 0 ≤ high, both (rows or 1, G)."""
+        bottom, top = self.range
+        span = float(top - bottom)
+        if self.symmetric:
+            scale = torch.maximum(-low, high) / (span / 2)
+            return Levels(_storable(scale, scale_dtype))
+        scale = _storable((high - low) / span, scale_dtype)
+        return Levels(scale, torch.clamp(torch.round(bottom - low / scale), bottom, top))
+
+    def quantize(self, x: Tensor, levels: Levels) -> Tensor:
+        """Codes of ``x``, (rows, cols) int8. Zero gets the code that reads back as exactly zero."""
+        grouped = self._grouped(x.float()) / levels.scale[..., None]
+        if levels.zero_point is not None:
+            grouped = grouped + levels.zero_point[..., None]
+        return torch.clamp(torch.round(grouped), *self.range).to(torch.int8).view_as(x)
+
+    def dequantize(self, codes: Tensor, levels: Levels) -> Tensor:
+        """(rows, cols) float32 values of ``codes``."""
+        grouped = self._grouped(codes.float())
+        if levels.zero_point is not None:
+            grouped = grouped - levels.zero_point[..., None]
+        return (grouped * levels.scale[..., None]).view_as(codes)
+
+    def round(self, x: Tensor, levels: Levels) -> Tensor:
+        """``x`` on the grid, float32."""
+        return self.dequantize(self.quantize(x, levels), levels)
+
+    def round_activations(self, x: Tensor, levels: Levels | None = None) -> Tensor:
+        """An activation as run time sees it: rounded per token, tensor or group, in its own dtype.
+
+        Args:
+            x: (..., features).
+            levels: of a static grid, as fitted in calibration; None if dynamic.
+        """
+        flat = x.reshape(-1, x.shape[-1])
+        return self.round(flat, levels or self.fit(flat, x.dtype)).view_as(x).to(x.dtype)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """(rows, cols) seen as (rows or 1, G, columns sharing a scale)."""
+        if self.group == "tensor":
+            return x.reshape(1, 1, -1)
+        return x.reshape(x.shape[0], -1, self.group_size(x.shape[1]))
+
+    def _fit_mse(
+        self, grouped: Tensor, low: Tensor, high: Tensor, scale_dtype: torch.dtype, weight: Tensor | None
+    ) -> Levels:
+        """The best of 80 ranges shrunk by 1 % each, by Σ|error|^2.4 per group (GPTQ's grid search)."""
+        best = self.levels(low, high, scale_dtype)
+        best_error = torch.full_like(low, torch.inf)
+        for step in range(80):
+            shrink = 1 - step / 100
+            trial = self.levels(low * shrink, high * shrink, scale_dtype)
+            error = self._grouped_error(grouped, trial, weight)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best = Levels(
+                torch.where(better, trial.scale, best.scale),
+                None if trial.zero_point is None else torch.where(better, trial.zero_point, best.zero_point),
+            )
+        return best
+
+    def _grouped_error(self, grouped: Tensor, levels: Levels, weight: Tensor | None) -> Tensor:
+        zero = 0 if levels.zero_point is None else levels.zero_point[..., None]
+        codes = torch.clamp(torch.round(grouped / levels.scale[..., None] + zero), *self.range)
+        error = ((codes - zero) * levels.scale[..., None] - grouped).abs_().pow_(2.4)
+        return (error if weight is None else error * weight).sum(-1)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A rounded matrix as it will be stored.
+
+    Attributes:
+        codes: (out, in) int8.
+        levels: scales (out or 1, groups) and zero points.
+        grid: what they mean.
+    """
+
+    codes: Tensor
+    levels: Levels
+    grid: QuantGrid
+
+    def dequantize(self) -> Tensor:
+        """(out, in) float32."""
+        return self.grid.dequantize(self.codes, self.levels)
+
+
+def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they read back from ``dtype``; an all-zero group gets the dtype's epsilon, as the format has it."""
+    stored = scale.to(dtype).float()
+    return torch.where(stored == 0, torch.finfo(dtype).eps, stored)
+
+
+def _parse(value: object, where: str, default: QuantGrid) -> QuantGrid:
+    if isinstance(value, QuantGrid):
+        return value
+    if isinstance(value, dict):
+        unknown = [key for key in value if key not in _KEYS]
+        if unknown:
+            raise UserError(f"unknown key '{unknown[0]}'", where, nearest(str(unknown[0]), _KEYS))
+        fields = dict(value)
+    else:
+        fields = _parse_words(str(value), where)
+    if fields.get("dynamic") is False and "group" not in fields and where == "activations":
+        fields["group"] = "tensor"
+    return _checked(replace(default, **fields), where)
+
+
+def _parse_words(text: str, where: str) -> dict[str, object]:
+    """``int4-g128-asym`` as fields."""
+    head, *words = text.strip().split("-")
+    if not re.fullmatch(r"int\d+", head):
+        raise UserError(
+            f"'{text}' is no grid", where, "write int8, int4-g128, or {bits: 6, group: channel, symmetric: true}"
+        )
+    fields: dict[str, object] = {"bits": int(head[3:])}
+    meanings = {"asym": ("symmetric", False), "sym": ("symmetric", True), "static": ("dynamic", False)}
+    meanings |= {"dynamic": ("dynamic", True), "mse": ("observer", "mse")}
+    meanings |= {name: ("group", name) for name in GROUPINGS}
+    for word in words:
+        if re.fullmatch(r"g\d+", word):
+            fields["group"] = int(word[1:])
+        elif word in meanings:
+            key, meaning = meanings[word]
+            fields[key] = meaning
+        else:
+            raise UserError(f"'{word}' in '{text}' is unknown", where, nearest(word, [*meanings, "g128"]))
+    return fields
+
+
+def _checked(grid: QuantGrid, where: str) -> QuantGrid:
+    if type(grid.bits) is not int or not 2 <= grid.bits <= 8:
+        raise UserError(f"{grid.bits} bits", where, "use 2 to 8 bits")
+    if isinstance(grid.group, str) and grid.group not in GROUPINGS:
+        raise UserError(
+            f"unknown group '{grid.group}'", where, nearest(grid.group, GROUPINGS) + ", or a number of columns"
+        )
+    if isinstance(grid.group, bool) or (isinstance(grid.group, int) and grid.group < 1):
+        raise UserError(f"group size {grid.group}", where, "use a positive number of columns")
+    if not isinstance(grid.symmetric, bool) or not isinstance(grid.dynamic, bool):
+        raise UserError("symmetric and dynamic are true or false", where)
+    if grid.observer not in OBSERVERS:
+        raise UserError(f"unknown observer '{grid.observer}'", where, nearest(str(grid.observer), OBSERVERS))
+    return grid

@@ -1,0 +1,145 @@
+"""What a method works on: the matrices that read one tensor, and what has been decided for them.
+
+Nothing here touches the network. A method changes float32 working copies and notes its decisions; the walk
+commits them to the modules, folds the smoothing into the norm and writes the codes to disk."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
+from llmcompress.core.stats import InputStats
+
+
+@dataclass
+class Matrix:
+    """One matrix under compression.
+
+    Attributes:
+        name: dotted module name in the model.
+        weight: (out, in) float32 working copy; zeros and rounding are applied to it.
+        scale_dtype: dtype in which quantization scales will be stored.
+        keep: (out, in) bool, False where a stage decided on a zero; None while dense.
+        quantized: codes and scales once a quantize stage has run.
+    """
+
+    name: str
+    weight: Tensor
+    scale_dtype: torch.dtype = torch.float32
+    keep: Tensor | None = None
+    quantized: QuantizedWeight | None = None
+
+    @property
+    def columns(self) -> int:
+        """Input width."""
+        return self.weight.shape[1]
+
+    def prune(self, keep: Tensor) -> None:
+        """Zeroes where ``keep`` (out, in) is False. What an earlier stage dropped stays dropped."""
+        self.keep = keep if self.keep is None else self.keep & keep
+        self.weight = torch.where(self.keep, self.weight, 0.0)
+
+    def quantize(self, quantized: QuantizedWeight) -> None:
+        """Takes the rounded values. Zero is a level of every grid, so pruned weights stay exactly zero."""
+        self.quantized = quantized
+        self.weight = quantized.dequantize()
+
+
+@dataclass
+class MatrixGroup:
+    """The matrices that read one tensor: the unit of statistics, smoothing and activation quantization.
+
+    Attributes:
+        matrices: those to be compressed.
+        bystanders: other readers of the tensor: never pruned or quantized, but smoothing scales them too.
+        fold_refusal: why smoothing is impossible here; empty if the producing norm's fold was verified.
+        smoothing: (in,) total scale s divided out of the inputs so far; None if none.
+        activations: grid of the inputs at run time; None if they stay in floating point.
+        activation_levels: of a static activation grid.
+        figures: numbers a method wants in the report, e.g. the clip ratio or the damping used.
+        warnings: what was skipped or degraded, in plain words.
+    """
+
+    matrices: list[Matrix]
+    bystanders: list[Matrix] = field(default_factory=list)
+    fold_refusal: str = ""
+    smoothing: Tensor | None = None
+    activations: QuantGrid | None = None
+    activation_levels: Levels | None = None
+    figures: dict[str, object] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Matrix]:
+        return iter(self.matrices)
+
+    @property
+    def name(self) -> str:
+        """The first matrix's name."""
+        return self.matrices[0].name
+
+    def trial(self) -> MatrixGroup:
+        """A copy to try decisions on. Weights are shared until a stage replaces them."""
+        twin = copy.copy(self)
+        twin.matrices = [copy.copy(m) for m in self.matrices]
+        twin.bystanders = [copy.copy(m) for m in self.bystanders]
+        twin.figures, twin.warnings = dict(self.figures), list(self.warnings)
+        return twin
+
+    def smooth(self, s: Tensor, stats: InputStats) -> None:
+        """Divides the inputs by ``s`` (in,) and multiplies the matrices' columns; statistics follow."""
+        for matrix in (*self.matrices, *self.bystanders):
+            matrix.weight = matrix.weight * s
+        stats.rescale(s)
+        self.smoothing = s if self.smoothing is None else self.smoothing * s
+
+    def inputs_at_run_time(self, x: Tensor) -> Tensor:
+        """Raw rows ``x`` (tokens, in) as the compressed matrices will see them: smoothed, then rounded."""
+        if self.smoothing is not None:
+            x = x / self.smoothing
+        return x if self.activations is None else self.activations.round_activations(x, self.activation_levels)
+
+    def output_error(self, x: Tensor, originals: list[Tensor]) -> float:
+        """Σ over matrices of ‖X Wᵀ − X̂ Qᵀ‖² for raw rows ``x`` (tokens, in) and dense weights (out, in) each."""
+        seen = self.inputs_at_run_time(x)
+        return sum(
+            float((x @ dense.T - seen @ matrix.weight.T).square().sum())
+            for matrix, dense in zip(self.matrices, originals, strict=True)
+        )
+
+
+class Method:
+    """One compression step for a group. Subclasses are frozen dataclasses whose fields are the recipe's keys.
+
+    Attributes:
+        stage: where it stands in a recipe: ``clip``, ``prune``, ``smooth`` or ``quantize``.
+        needs: the statistics it reads (see `llmcompress.core.stats.KINDS`).
+    """
+
+    stage: str
+    needs: frozenset[str] = frozenset()
+
+    def misfit(self, columns: int) -> str:
+        """Why a matrix with ``columns`` inputs cannot take this step; empty if it can."""
+        return ""
+
+    def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
+        """Changes the group; returns the statistics the next step reads (usually the same).
+
+        Args:
+            group: working copies and decisions so far.
+            stats: of the rows that reach the group.
+            rest: the steps that follow, for those that try them out.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define apply")
+
+
+def run_methods(methods: tuple[Method, ...], group: MatrixGroup, stats: InputStats) -> InputStats:
+    """Applies the methods in order and returns the statistics as the last of them left them."""
+    for i, method in enumerate(methods):
+        stats = method.apply(group, stats, methods[i + 1 :])
+    return stats

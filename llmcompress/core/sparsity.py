@@ -1,0 +1,90 @@
+"""How many weights are zero, and which: a ratio per row or block, or N kept of every M inputs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Either a ratio of zeros, or N weights kept of every M consecutive inputs.
+
+    Attributes:
+        ratio: share of zeros in [0, 1). For N:M it is ``1 - n/m``.
+        n, m: N:M pattern, both 0 for an unstructured ratio.
+    """
+
+    ratio: float
+    n: int = 0
+    m: int = 0
+
+    @staticmethod
+    def parse(value: object) -> Sparsity:
+        """Reads ``0.5`` or ``"2:4"``.
+
+        Raises:
+            UserError: the ratio is outside [0, 1), or not 0 < N < M.
+        """
+        text = str(value).strip()
+        pattern = re.fullmatch(r"(\d+):(\d+)", text)
+        if pattern:
+            n, m = int(pattern[1]), int(pattern[2])
+            if not 0 < n < m:
+                raise UserError(f"pattern {text} does not keep 0 < N < M weights", "sparsity", "write N:M such as 2:4")
+            return Sparsity(1 - n / m, n, m)
+        try:
+            ratio = float(text)
+        except ValueError:
+            raise UserError(
+                f"'{text}' is no sparsity", "sparsity", "write a ratio such as 0.5, or N:M such as 2:4"
+            ) from None
+        if not 0 <= ratio < 1:
+            raise UserError(f"{text} is outside [0, 1)", "sparsity", "write a ratio such as 0.5, or N:M such as 2:4")
+        return Sparsity(ratio)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.m else f"{self.ratio:g}"
+
+    def misfit(self, columns: int) -> str:
+        """Why this pattern cannot be applied to rows of ``columns`` inputs; empty if it can."""
+        return f"pattern {self} does not divide {columns} input columns" if self.m and columns % self.m else ""
+
+    def zeros_of(self, count: int) -> int:
+        """Number of zeros among ``count`` weights: exact for N:M, rounded to nearest for a ratio."""
+        return count // self.m * (self.m - self.n) if self.m else round(self.ratio * count)
+
+    def keep_mask(self, score: Tensor) -> Tensor:
+        """True where a weight is kept; the lowest scores go.
+
+        A ratio is applied within each output row (the comparison group of Wanda), N:M within every
+        M consecutive inputs. Counts are exact: ties are broken by position, never all dropped.
+
+        Args:
+            score: (out, in), any float dtype; higher is more important.
+
+        Returns:
+            (out, in) bool.
+        """
+        grouped = score.reshape(score.shape[0], -1, self.m or score.shape[1])
+        drop = self.zeros_of(grouped.shape[-1])
+        keep = torch.ones_like(grouped, dtype=torch.bool)
+        if drop:
+            keep.scatter_(-1, _lowest(grouped, drop), False)
+        return keep.view_as(score)
+
+    def keep_mask_jointly(self, score: Tensor) -> Tensor:
+        """Like `keep_mask`, but a ratio compares all of ``score`` at once, as SparseGPT does in a block."""
+        if self.m:
+            return self.keep_mask(score)
+        return self.keep_mask(score.reshape(1, -1)).view_as(score)
+
+
+def _lowest(score: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` lowest scores along the last axis."""
+    return torch.topk(score, count, dim=-1, largest=False, sorted=False).indices

@@ -1,0 +1,29 @@
+"""The one exception a user's mistake raises: what is wrong, where, and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The command line prints it as one line and exits with code 2.
+
+    Args:
+        what: what is wrong, e.g. ``group size 128 does not divide 704 input columns``.
+        where: the file, tensor, option or recipe key concerned.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        line = f"{where}: {what}" if where else what
+        super().__init__(f"{line}; {fix}" if fix else line)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The fix for a misspelt name: the nearest known one, then all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}known: {', '.join(known)}"

@@ -1,0 +1,20 @@
+"""The table of methods: one paper per file, one line per method. To add one, write the file and the line."""
+
+from __future__ import annotations
+
+from llmcompress.core.group import Method
+from llmcompress.methods.magnitude import Magnitude
+from llmcompress.methods.rtn import RTN
+from llmcompress.methods.smoothquant import SmoothQuant
+from llmcompress.methods.wanda import Wanda
+
+#: name in a recipe → class
+METHODS: dict[str, type[Method]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "smoothquant": SmoothQuant,
+    "rtn": RTN,
+}
+
+#: method of a stage that names none
+DEFAULT_METHOD = {"clip": "clip", "prune": "wanda", "smooth": "smoothquant", "quantize": "rtn"}

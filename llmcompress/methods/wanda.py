@@ -1,0 +1,29 @@
+"""Wanda (Sun et al., 2023, arXiv:2306.11695): in each output row drop the weights with the
+smallest |W_ij| · ‖X_j‖₂. Survivors keep their value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmcompress.core.group import MatrixGroup, Method
+from llmcompress.core.sparsity import Sparsity
+from llmcompress.core.stats import InputStats
+
+
+@dataclass(frozen=True)
+class Wanda(Method):
+    """Drops the weights that carry the least activation energy."""
+
+    sparsity: Sparsity
+
+    stage = "prune"
+    needs = frozenset({"squares"})
+
+    def misfit(self, columns: int) -> str:
+        return self.sparsity.misfit(columns)
+
+    def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
+        for matrix in group:
+            score = matrix.weight.abs() * stats.rms  # (out, in)
+            matrix.prune(self.sparsity.keep_mask(score))
+        return stats
