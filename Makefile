@@ -53,5 +53,5 @@ bench-setup: .venv-bench/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-bench build dist compressed .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
