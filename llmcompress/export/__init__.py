@@ -1,0 +1,1 @@
+"""Writing what was compressed: the checkpoint folder and the formats of its tensors."""

@@ -1,0 +1,277 @@
+"""The output folder: safetensors shards written one decoder block at a time, under the final name only when complete.
+
+Everything is written into a hidden folder beside the final name, on the same file system, so that one rename publishes
+it. Until then, and after any failure, nothing exists under the final name (or, with ``force``, the old folder does)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmcompress.errors import UserError
+
+SHARD_BYTES = 5_000_000_000
+"""A larger ``add`` is split: the size hubs and loaders are used to."""
+
+RECORD = "llmcompress.json"
+"""The file that marks a folder as this program's own output: only such a folder is ever replaced."""
+
+COMPANIONS = (
+    "tokenizer*",  # tokenizer.json, tokenizer_config.json, tokenizer.model
+    "vocab*",
+    "merges*",
+    "*.model",  # sentencepiece
+    "*.tiktoken",
+    "special_tokens_map*",
+    "added_tokens*",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",  # a compressed model is a derivative: its licence travels with it
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""Patterns of the files that a checkpoint needs beside its weights and that compression does not change."""
+
+REMOTE_CODE = ("*.py",)
+"""What a model with code of its own needs too."""
+
+NEVER_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".pkl")
+"""Endings of weight files; no pattern brings them along."""
+
+
+class CheckpointWriter:
+    """Writes one checkpoint folder; use as a context manager and call ``finish`` last.
+
+    Leaving the context without ``finish``, or by an exception, removes everything that was written.
+
+    Args:
+        output: final name of the folder.
+        force: replace an earlier output of this program.
+        source: folder of the input model, which is never replaced.
+        shard_bytes: split a call of ``add`` above this many bytes of tensors.
+    """
+
+    def __init__(
+        self, output: Path, force: bool = False, source: Path | None = None, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self.output, self.force, self.source, self.shard_bytes = Path(output).absolute(), force, source, shard_bytes
+        self.partial = self.output.parent / f".{self.output.name}.partial-{os.getpid()}"
+        self.total_bytes = 0  # of all tensors so far
+        self._shards: list[list[str]] = []  # tensor names of each shard
+        self._digests: list[str] = []
+        self._names: set[str] = set()
+        self._made_parents: list[Path] = []
+
+    def __enter__(self) -> CheckpointWriter:
+        check_output(self.output, self.force, self.source)
+        missing = [self.output.parent, *self.output.parent.parents]
+        self._made_parents = [folder for folder in missing if not folder.exists()]
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.partial.exists():
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for folder in self._made_parents:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    @property
+    def shard_names(self) -> list[str]:
+        """Final file names of the shards written so far."""
+        count = len(self._shards)
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of each shard by its final name; call it after the last ``add``."""
+        return dict(zip(self.shard_names, self._digests, strict=True))
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Writes ``tensors`` at once as one shard (several if too large); keeps none of them.
+
+        Raises:
+            ValueError: a name was added before.
+        """
+        repeated = sorted(self._names & tensors.keys())
+        if repeated:
+            raise ValueError(f"tensor {repeated[0]} was already written")
+        for names in _split(tensors, self.shard_bytes):
+            path = self.partial / _temporary(len(self._shards))
+            save_file({name: _plain(tensors[name]) for name in names}, path, {"format": "pt"})
+            _sync(path)
+            self._digests.append(_sha256(path))
+            self._shards.append(names)
+            self._names.update(names)
+            self.total_bytes += sum(tensors[name].nbytes for name in names)
+
+    def finish(
+        self, files: Mapping[str, str | bytes], copy_from: Path | None = None, copy: Iterable[str] = COMPANIONS
+    ) -> None:
+        """Completes the folder and gives it its final name.
+
+        Args:
+            files: contents by file name (config.json, report.json, …); they win over copied ones.
+            copy_from: folder of the input model.
+            copy: patterns of the files to copy from there.
+
+        Raises:
+            UserError: an output appeared meanwhile that may not be replaced.
+        """
+        for source in _matching(copy_from, copy) if copy_from else ():
+            target = self.partial / source.relative_to(copy_from or "")
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, target)
+            _sync(target)
+        for name, content in files.items():
+            self._write(name, content)
+        for i, name in enumerate(self.shard_names):
+            (self.partial / _temporary(i)).rename(self.partial / name)
+        if len(self._shards) > 1:
+            self._write("model.safetensors.index.json", self._index())
+        _sync(self.partial)
+        self._publish()
+
+    def _write(self, name: str, content: str | bytes) -> None:
+        path = self.partial / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(path)
+
+    def _index(self) -> str:
+        where = {name: file for names, file in zip(self._shards, self.shard_names, strict=True) for name in names}
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}
+        return json.dumps(index, indent=2) + "\n"
+
+    def _publish(self) -> None:
+        """Renames the old folder away, the new one in, and only then deletes the old one."""
+        check_output(self.output, self.force, self.source)
+        old = self.output.parent / f".{self.output.name}.replaced-{os.getpid()}"
+        replacing = self.output.exists()
+        if replacing:
+            self.output.rename(old)
+        try:
+            self.partial.rename(self.output)
+        except BaseException:
+            if replacing:
+                old.rename(self.output)
+            raise
+        _sync(self.output.parent)
+        if replacing:
+            shutil.rmtree(old)
+
+
+def check_output(output: Path, force: bool = False, source: Path | None = None) -> None:
+    """Refuses an output folder that could not, or should not, be written; call it before any work.
+
+    Raises:
+        UserError: it exists (without ``force``), is not this program's own output (with ``force``), is the input
+            model or holds it, or its parent cannot be written.
+    """
+    output = Path(output)
+    where = str(output)
+    if source is not None and Path(source).exists():
+        model = Path(source).resolve()
+        if output.resolve() == model or output.resolve() in model.parents:
+            raise UserError("would overwrite the input model", where, "choose another --output")
+    if output.is_symlink() or output.exists():
+        _check_replaceable(output, force)
+    parent = _nearest_existing(output.absolute().parent)
+    if not parent.is_dir():
+        raise UserError(f"{parent} is not a folder", where, "choose another --output")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"no permission to write into {parent}", where, "choose another --output")
+
+
+def check_disk_space(path: Path, needed_bytes: int) -> None:
+    """Refuses to start what the disk cannot hold.
+
+    Raises:
+        UserError: the file system that will hold ``path`` has fewer than ``needed_bytes`` free.
+    """
+    free = shutil.disk_usage(_nearest_existing(Path(path).absolute())).free
+    if free < needed_bytes:
+        raise UserError(
+            f"needs about {needed_bytes / 1e9:.2f} GB but only {free / 1e9:.2f} GB of disk space are free",
+            str(path),
+            "free some space or choose another --output",
+        )
+
+
+def _check_replaceable(output: Path, force: bool) -> None:
+    if not force:
+        raise UserError("already exists", str(output), "choose another --output, or replace it with --force")
+    ours = not output.is_symlink() and output.is_dir()
+    if not ours or (any(output.iterdir()) and not (output / RECORD).is_file()):
+        raise UserError(
+            f"is not an output of this program (no {RECORD} in it), so --force does not replace it",
+            str(output),
+            "remove it yourself or choose another --output",
+        )
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _temporary(index: int) -> str:
+    return f"shard-{index:05d}.safetensors"
+
+
+def _split(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
+    """Names in order, cut so that each part has at most ``limit`` bytes; a larger tensor stands alone."""
+    part: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > limit:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += tensor.nbytes
+    if part:
+        yield part
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, and owning its memory: a view would drag its whole storage into the file."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.suffix not in NEVER_COPIED and path.name != RECORD)
+
+
+def _sync(path: Path) -> None:
+    """Forces a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

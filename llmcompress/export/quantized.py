@@ -1,0 +1,301 @@
+"""Quantized matrices as compressed-tensors checkpoints, which transformers, vLLM and SGLang load.
+
+The configuration is built from the library's own objects and the packing is the library's own; codes are stored as they
+were chosen, never rounded again. The container of a matrix follows from its scheme (``storage_format``):
+
+| scheme                                           | format           | a code takes     | who runs it                 |
+|--------------------------------------------------|------------------|------------------|-----------------------------|
+| symmetric weights only, 2–8 bits                 | `pack-quantized` | its bits         | transformers; vLLM: 4 and 8 |
+| W8 with activations; W4 with 8-bit activations   | `int-quantized`  | one byte         | transformers, vLLM          |
+| other symmetric weights with activations (W6A6)  | `pack-quantized` | its bits         | transformers                |
+| asymmetric weights, any bits                     | `int-quantized`  | one byte         | transformers                |
+
+The last row is a limit of the readers: packed zero points of compressed-tensors 0.20 do not load in transformers 5.23,
+which expects them unpacked and stops at a size mismatch; ``storage_note`` says so to the user. Only ``nn.Linear`` can
+be quantized in this format (``unsupported``); other modules are to be stored with their rounded values, dense."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import compressed_tensors
+import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    QuantizationType,
+)
+from compressed_tensors.utils.match import match_name
+from torch import Tensor, nn
+
+from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
+from llmcompress.errors import UserError
+
+INT_QUANTIZED = CompressionFormat.int_quantized.value
+PACK_QUANTIZED = CompressionFormat.pack_quantized.value
+READABLE_FORMATS = (INT_QUANTIZED, PACK_QUANTIZED, CompressionFormat.naive_quantized.value)
+
+_PACKED_ROWS = 1024  # packing widens codes to int32 several times over: a slice at a time keeps that small
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one Linear is quantized.
+
+    Attributes:
+        weights: grid of the weight.
+        activations: grid of its input; None leaves the input alone.
+    """
+
+    weights: QuantGrid
+    activations: QuantGrid | None = None
+
+    def stored(self) -> Scheme:
+        """What of the scheme a checkpoint records: not the observer, which only chose the scales."""
+        activations = self.activations and replace(self.activations, observer="minmax")
+        return Scheme(replace(self.weights, observer="minmax"), activations)
+
+
+def unsupported(module_type: type[nn.Module]) -> str:
+    """Why modules of this type cannot be stored quantized; empty if they can."""
+    if issubclass(module_type, nn.Linear):
+        return ""
+    return f"compressed-tensors quantizes Linear modules only, not {module_type.__name__}"
+
+
+def storage_format(scheme: Scheme) -> str:
+    """The compressed-tensors format of a matrix: ``int-quantized`` or ``pack-quantized`` (table in the module)."""
+    weights, activations = scheme.weights, scheme.activations
+    if not weights.symmetric:
+        return INT_QUANTIZED
+    if activations is None:
+        return PACK_QUANTIZED
+    served = weights.bits == 8 or (weights.bits == 4 and activations.bits == 8)
+    return INT_QUANTIZED if served else PACK_QUANTIZED
+
+
+def storage_bits(scheme: Scheme) -> int:
+    """Bits that one code takes on disk."""
+    return scheme.weights.bits if storage_format(scheme) == PACK_QUANTIZED else 8
+
+
+def storage_note(scheme: Scheme) -> str:
+    """What the user should know about how ``scheme`` is stored; empty if nothing."""
+    bits, stored = scheme.weights.bits, storage_bits(scheme)
+    if stored == bits:
+        return ""
+    why = "as int8 kernels expect" if scheme.weights.symmetric else "since packed zero points cannot be reloaded"
+    return f"{bits}-bit weights of this scheme take {stored} bits each on disk, {why}"
+
+
+def quantization_config(schemes: Mapping[str, Scheme], all_linears: Iterable[str]) -> dict[str, Any]:
+    """``config.json["quantization_config"]``.
+
+    Args:
+        schemes: the scheme of each quantized Linear by module name; not empty.
+        all_linears: names of every Linear of the model, lm_head and excluded ones included.
+
+    Raises:
+        ValueError: ``schemes`` is empty or names something that is not among ``all_linears``.
+    """
+    linears = list(all_linears)
+    strangers = sorted(schemes.keys() - set(linears))
+    if strangers or not schemes:
+        raise ValueError(f"{strangers[0]} is not a Linear of the model" if strangers else "no matrix is quantized")
+    groups: dict[Scheme, list[str]] = {}
+    for name in linears:
+        if name in schemes:
+            groups.setdefault(schemes[name].stored(), []).append(name)
+    if len(groups) == 1:
+        targets = [["Linear"]]
+        ignore = name_patterns([name for name in linears if name not in schemes], linears)
+    else:
+        targets, ignore = [name_patterns(names, linears) for names in groups.values()], []
+    formats = {storage_format(scheme) for scheme in groups}
+    config = QuantizationConfig(
+        config_groups={
+            f"group_{i}": _library_scheme(scheme, target)
+            for i, (scheme, target) in enumerate(zip(groups, targets, strict=True))
+        },
+        format=formats.pop() if len(formats) == 1 else CompressionFormat.mixed_precision.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=ignore,
+    )
+    dumped = config.model_dump(mode="json", exclude={"global_compression_ratio", "moe_sparsity_config"})
+    # Sparsity has no live container in this format: zeros are stored as ordinary codes.
+    return dumped | {"sparsity_config": {}, "transform_config": {}, "version": compressed_tensors.__version__}
+
+
+def name_patterns(names: Iterable[str], all_names: Iterable[str]) -> list[str]:
+    """The shortest exact description of ``names`` among ``all_names``: ``re:`` patterns with the layer numbers left
+    open where that takes in no other name, plain names elsewhere."""
+    wanted = list(dict.fromkeys(names))
+    others = {_family(name) for name in set(all_names) - set(wanted)}
+    sizes: dict[str, int] = {}
+    for name in wanted:
+        sizes[_family(name)] = sizes.get(_family(name), 0) + 1
+    described = {
+        name: f"re:{_family(name)}$" if _family(name) not in others and sizes[_family(name)] > 1 else name
+        for name in wanted
+    }
+    return list(dict.fromkeys(described.values()))
+
+
+def pack(
+    quantized: QuantizedWeight, scheme: Scheme, dtype: torch.dtype, activations: Levels | None = None
+) -> dict[str, Tensor]:
+    """The tensors of one Linear by their name within it, e.g. ``{"weight": int8, "weight_scale": dtype}``.
+
+    Args:
+        quantized: codes (out, in) and levels.
+        scheme: its grid must be that of ``quantized``.
+        dtype: of the model; the scales must be exact in it.
+        activations: levels (1, 1) of a static activation grid.
+
+    Raises:
+        ValueError: the parts do not agree, or a code or scale would not read back as given.
+    """
+    grid, levels, codes = scheme.weights, quantized.levels, quantized.codes
+    if Scheme(quantized.grid).stored() != Scheme(grid).stored():
+        raise ValueError(f"codes of {quantized.grid} under a scheme of {grid}")
+    if codes.dtype != torch.int8 or codes.amin() < grid.range[0] or codes.amax() > grid.range[1]:
+        raise ValueError(f"codes outside {grid.range}")
+    static = scheme.activations is not None and not scheme.activations.dynamic
+    if static != (activations is not None):
+        raise ValueError("activation levels belong to static activations, and only to them")
+    tensors = _pack_codes(codes, scheme) | _pack_levels("weight", grid, levels, dtype)
+    if activations is not None and scheme.activations is not None:
+        tensors |= _pack_levels("input", scheme.activations, activations, dtype)
+    return tensors
+
+
+def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of ``pack``: codes (out, in) int8 and float32 levels, from tensors by their name in the Linear."""
+    if "weight_packed" in tensors:
+        packed, shape = tensors["weight_packed"], torch.Size(tensors["weight_shape"].tolist())
+        parts = [
+            unpack_from_int32(part, scheme.weights.bits, torch.Size((part.shape[0], shape[1])))
+            for part in packed.split(_PACKED_ROWS)
+        ]
+        codes = torch.cat(parts)
+    else:
+        codes = tensors["weight"]
+    levels = _unpack_levels("weight", tensors)
+    return QuantizedWeight(codes, levels, scheme.weights)
+
+
+def unpack_activations(tensors: Mapping[str, Tensor]) -> Levels | None:
+    """The static activation levels (1, 1) stored with a Linear; None if it has none."""
+    return _unpack_levels("input", tensors) if "input_scale" in tensors else None
+
+
+def schemes_of(config: Mapping[str, Any], linear_names: Iterable[str]) -> dict[str, Scheme]:
+    """The scheme of each quantized Linear by name, read from a ``quantization_config``.
+
+    Raises:
+        UserError: not an integer compressed-tensors checkpoint.
+    """
+    where = "quantization_config"
+    if config.get("quant_method") != "compressed-tensors":
+        raise UserError(f"quantized by {config.get('quant_method')}", where, "use a compressed-tensors checkpoint")
+    try:
+        parsed = QuantizationConfig.model_validate(dict(config))
+    except ValueError as error:
+        raise UserError(f"unreadable ({str(error).splitlines()[0]})", where) from error
+    schemes = {}
+    groups = list(parsed.config_groups.values())
+    targets = sorted({t: g for g in groups for t in g.targets}.items(), key=lambda item: _precedence(item[0]))
+    for name in linear_names:
+        if any(ignored == "Linear" or match_name(name, ignored) for ignored in parsed.ignore or ()):
+            continue
+        group = next((g for target, g in targets if target == "Linear" or match_name(name, target)), None)
+        if group is not None and group.weights is not None:
+            schemes[name] = _own_scheme(group, parsed.format)
+    return schemes
+
+
+def _precedence(target: str) -> tuple[int, str]:
+    """The library's order: exact names, then patterns, then class names."""
+    return (2 if target == "Linear" else "re:" in target), target
+
+
+def _family(name: str) -> str:
+    """A pattern of ``name`` with every number between dots left open."""
+    return ".".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+
+
+def _library_scheme(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
+    return QuantizationScheme(
+        targets=targets,
+        weights=_library_args(scheme.weights),
+        input_activations=None if scheme.activations is None else _library_args(scheme.activations),
+        format=CompressionFormat(storage_format(scheme)),
+    )
+
+
+def _library_args(grid: QuantGrid) -> QuantizationArgs:
+    grouped = isinstance(grid.group, int)
+    return QuantizationArgs(
+        num_bits=grid.bits,
+        type=QuantizationType.INT,
+        symmetric=grid.symmetric,
+        strategy=QuantizationStrategy.GROUP if grouped else QuantizationStrategy(grid.group),
+        group_size=grid.group if grouped else None,
+        dynamic=grid.dynamic,
+    )
+
+
+def _own_scheme(group: QuantizationScheme, format: str) -> Scheme:
+    container = group.format or format
+    if container not in READABLE_FORMATS:
+        raise UserError(
+            f"format {container} is not read", "quantization_config", f"known: {', '.join(READABLE_FORMATS)}"
+        )
+    return Scheme(_own_grid(group.weights), group.input_activations and _own_grid(group.input_activations))
+
+
+def _own_grid(args: QuantizationArgs) -> QuantGrid:
+    if args.type != QuantizationType.INT or args.strategy not in ("tensor", "channel", "token", "group"):
+        raise UserError(
+            f"{args.type} codes per {args.strategy} are not read",
+            "quantization_config",
+            "use integers per tensor, channel, token or group",
+        )
+    group = args.group_size if args.strategy == "group" else args.strategy
+    return QuantGrid(args.num_bits, args.symmetric, group, bool(args.dynamic))
+
+
+def _pack_codes(codes: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+    if storage_format(scheme) == INT_QUANTIZED:
+        return {"weight": codes}
+    packed = torch.cat([pack_to_int32(part, scheme.weights.bits) for part in codes.split(_PACKED_ROWS)])
+    return {"weight_packed": packed, "weight_shape": torch.tensor(codes.shape)}
+
+
+def _pack_levels(role: str, grid: QuantGrid, levels: Levels, dtype: torch.dtype) -> dict[str, Tensor]:
+    """``weight_scale`` and, if asymmetric only, ``weight_zero_point``: (out, groups), or (1,) per tensor."""
+    shape = (1,) if grid.group == "tensor" else levels.scale.shape
+    scale = levels.scale.to(dtype)
+    if not torch.equal(scale.float(), levels.scale.float()):
+        raise ValueError(f"{role} scales are not exact in {dtype}: fit the grid with scale_dtype={dtype}")
+    tensors = {f"{role}_scale": scale.reshape(shape)}
+    if grid.symmetric != (levels.zero_point is None):
+        raise ValueError(f"{role} zero points belong to asymmetric grids, and only to them")
+    if levels.zero_point is not None:
+        tensors[f"{role}_zero_point"] = levels.zero_point.to(torch.int8).reshape(shape)
+    return tensors
+
+
+def _unpack_levels(role: str, tensors: Mapping[str, Tensor]) -> Levels:
+    scale, zero = tensors[f"{role}_scale"].float(), tensors.get(f"{role}_zero_point")
+    if scale.dim() < 2:  # per tensor
+        scale, zero = scale.reshape(1, 1), None if zero is None else zero.reshape(1, 1)
+    return Levels(scale, None if zero is None else zero.float())

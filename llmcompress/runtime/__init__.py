@@ -1,0 +1,1 @@
+"""Reading compressed checkpoints back to run them."""
