@@ -116,7 +116,7 @@ class CheckpointWriter:
             raise ValueError(f"tensor {repeated[0]} was already written")
         for names in _split(tensors, self.shard_bytes):
             path = self.partial / _temporary(len(self._shards))
-            save_file({name: _plain(tensors[name]) for name in names}, path, {"format": "pt"})
+            save_file(_plain(tensors, names), path, {"format": "pt"})
             _sync(path)
             self._digests.append(_sha256(path))
             self._shards.append(names)
@@ -249,10 +249,17 @@ def _split(tensors: Mapping[str, Tensor], limit: int) -> Iterator[list[str]]:
         yield part
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, and owning its memory: a view would drag its whole storage into the file."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+def _plain(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and each owning its memory, as the file format wants: no views, no two names of one."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name in names:
+        tensor = tensors[name].detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen
+        plain[name] = tensor.clone() if shared else tensor
+        seen.add(storage.data_ptr())
+    return plain
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
