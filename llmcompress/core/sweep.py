@@ -1,0 +1,307 @@
+"""The optimal-brain sweep: prune, quantize or both, column by column, later columns absorbing earlier errors.
+
+SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774) and GPTQ (Frantar et al., 2022, arXiv:2210.17323) minimise
+tr(E H Eᵀ) with E = Q − W. Departure: they factor H, invert it and factor the inverse; here there is one Cholesky
+factorisation and no inverse. With H = V Vᵀ and V upper triangular the loss is ‖E V‖², and while columns i < k are fixed
+
+    target_k = W_k − (Σ_{i<k} E_i V_ik) / V_kk,   Q_k = project(target_k),   E_k = Q_k − W_k
+
+minimises its k-th column. The papers' U = chol(H⁻¹) is V⁻¹, so their score w² / U_kk² is w² V_kk² on the adjusted
+weights W_B − S V_BB⁻¹, where S is that sum over the columns before B. `sweep_reference` is this, to be read beside the
+papers; `sweep` is the same in blocks of columns: one matrix product per block, then a compiled kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmcompress.core.grid import Levels, QuantGrid
+from llmcompress.core.kernels import sweep_cpu
+from llmcompress.core.sparsity import Sparsity
+from llmcompress.errors import UserError
+
+#: columns per matrix product, and of an unstructured mask decided at once
+BLOCK = 128
+#: multiples of the mean diagonal beyond which more damping would leave nothing of H
+MOST_DAMPING = 1e4
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H + λI = V Vᵀ.
+
+    Attributes:
+        V: (in, in) upper triangular.
+        dead: (in,) bool: inputs that were zero in every row.
+        damping: λ as a multiple of the mean of H's diagonal.
+        ridge: λ itself.
+    """
+
+    V: Tensor
+    dead: Tensor
+    damping: float
+    ridge: float
+
+
+def factorise(H: Tensor, damping: float = 0.01, dtype: torch.dtype = torch.float32) -> Factor:
+    """Factors the damped Gram matrix: the lower Cholesky factor of H with both axes reversed, reversed back.
+
+    Dead inputs get the mean of the diagonal. Where H is not positive definite the damping is multiplied by ten until it is.
+
+    Args:
+        H: (in, in) symmetric.
+        damping: first λ, as a multiple of the mean diagonal over live inputs.
+        dtype: of the factorisation; V is returned in H's own.
+
+    Raises:
+        UserError: H holds NaN or infinite values.
+    """
+    diagonal = H.diagonal()
+    if not torch.isfinite(diagonal.sum()):
+        raise UserError("the calibration's Gram matrix holds NaN or infinite values", fix="calibrate in float32")
+    dead = diagonal == 0
+    mean = float(diagonal.double().sum() / max(int((~dead).sum()), 1)) or 1.0
+    reversed_H = H.to(dtype).flip(0, 1)
+    while damping <= MOST_DAMPING:
+        damped = reversed_H.clone()
+        damped.diagonal().add_((dead.to(dtype) * mean + damping * mean).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and torch.isfinite(lower.diagonal()).all():
+            return Factor(lower.flip(0, 1).to(H.dtype), dead, damping, damping * mean)
+        damping *= 10
+    raise UserError("the calibration's Gram matrix holds NaN or infinite values", fix="calibrate in float32")
+
+
+class ColumnTarget(Protocol):
+    """What values a column may take. Several, in order, are composed: mask, then round what stays.
+
+    Attributes:
+        group: consecutive columns decided together; 0 if all was decided before the sweep.
+    """
+
+    group: int
+
+    def begin(self, adjusted: Tensor, j: int) -> None:
+        """Decides columns j to j + group from their weights adjusted for the errors so far, (out, ≤ group)."""
+
+    def project(self, column: Tensor, j: int) -> Tensor:
+        """The allowed values nearest to ``column`` (out,), the j-th."""
+
+
+class Mask:
+    """Zeroes the least salient weights, or those of a mask already decided.
+
+    Attributes:
+        keep: (out, in) bool; a column is decided once the sweep has reached it.
+    """
+
+    def __init__(self, sparsity: Sparsity, factor: Factor, rows: int) -> None:
+        self.sparsity, self.diagonal = sparsity, factor.V.diagonal()
+        self.group = sparsity.m or BLOCK
+        self.keep = torch.ones(len(self.diagonal), rows, dtype=torch.bool, device=factor.V.device).T
+
+    @staticmethod
+    def held(keep: Tensor) -> Mask:
+        """A mask decided before, (out, in) bool."""
+        mask = Mask.__new__(Mask)
+        mask.sparsity, mask.group, mask.keep = Sparsity(0.0), 0, keep.T.contiguous().T
+        return mask
+
+    def begin(self, adjusted: Tensor, j: int) -> None:
+        """Drops the lowest w² V_kk²: N:M within each row, a ratio over all rows of the block, with exact totals."""
+        columns = slice(j, j + adjusted.shape[1])
+        score = (adjusted * self.diagonal[columns]).square()
+        if self.sparsity.m:
+            self.keep[:, columns] = self.sparsity.keep_mask(score)
+            return
+        rows = len(adjusted)
+        drop = self.sparsity.zeros_of(rows * (j + adjusted.shape[1])) - self.sparsity.zeros_of(rows * j)
+        self.keep.T[columns] = _keep_highest(score.T, drop)
+
+    def project(self, column: Tensor, j: int) -> Tensor:
+        return torch.where(self.keep[:, j], column, 0)
+
+
+class Round:
+    """Rounds to a quantization grid, fitted group by group to the adjusted weights, or ahead of the sweep.
+
+    Args:
+        grid: where each group of columns shares a scale per row (or per tensor).
+        weight: (out, in) what levels fixed ahead are fitted to.
+        scale_dtype: dtype scales will be stored in.
+        mask: what it drops does not widen the range, where that is known at the group's start (N:M is not).
+        level_of: (in,) index of the group each column belongs to, for columns that are not in their original order;
+            all levels are then fixed ahead, from ``weight`` in its original order.
+        static: fix levels ahead in any case.
+    """
+
+    def __init__(
+        self,
+        grid: QuantGrid,
+        weight: Tensor,
+        scale_dtype: torch.dtype,
+        mask: Mask | None = None,
+        level_of: Tensor | None = None,
+        static: bool = False,
+    ) -> None:
+        rows, columns = weight.shape
+        size = grid.group_size(columns)
+        ahead = static or level_of is not None or size == columns
+        self.grid, self.scale_dtype, self.mask = grid, scale_dtype, mask
+        self.group = 0 if ahead else size
+        self.level_of = torch.arange(columns, device=weight.device) // size if level_of is None else level_of
+        self.scale = torch.ones(columns // size, rows, device=weight.device)
+        self.zero = torch.zeros_like(self.scale)
+        if ahead:
+            self._take(grid.fit(weight, scale_dtype), 0)
+
+    def _take(self, levels: Levels, group: int) -> None:
+        last = group + levels.scale.shape[1]
+        self.scale[group:last] = levels.scale.T
+        if levels.zero_point is not None:
+            self.zero[group:last] = levels.zero_point.T
+
+    @property
+    def levels(self) -> Levels:
+        """Scales and zero points of all groups, (out or 1, groups)."""
+        rows = slice(0, 1 if self.grid.group == "tensor" else None)
+        return Levels(self.scale.T[rows].contiguous(), None if self.grid.symmetric else self.zero.T[rows].contiguous())
+
+    def begin(self, adjusted: Tensor, j: int) -> None:
+        if self.mask is not None and not self.mask.sparsity.m:
+            adjusted = adjusted * self.mask.keep[:, j : j + self.group]
+        self._take(self.grid.fit(adjusted, self.scale_dtype), j // self.group)
+
+    def project(self, column: Tensor, j: int) -> Tensor:
+        group = int(self.level_of[j])
+        levels = Levels(self.scale[group, :, None], self.zero[group, :, None])
+        return replace(self.grid, group="channel").round(column[:, None], levels)[:, 0]
+
+
+def sweep_reference(weight: Tensor, factor: Factor, targets: Sequence[ColumnTarget]) -> Tensor:
+    """The sweep as written above, one column at a time, for any targets, dtype and device.
+
+    Args:
+        weight: (out, in) W.
+        factor: of the damped Gram matrix.
+        targets: hold their decisions afterwards.
+
+    Returns:
+        (out, in) Q.
+    """
+    V, Q, E = factor.V, weight.clone(), torch.zeros_like(weight)
+    for j in range(weight.shape[1]):
+        for target in targets:
+            if target.group and j % target.group == 0:
+                ahead = slice(j, j + target.group)
+                carried = E[:, :j] @ V[:j, ahead]
+                free = torch.linalg.solve_triangular(V[ahead, ahead], carried, upper=True, left=False)
+                target.begin(weight[:, ahead] - free, j)
+        column = weight[:, j] - E[:, :j] @ V[:j, j] / V[j, j]
+        for target in targets:
+            column = target.project(column, j)
+        Q[:, j], E[:, j] = column, column - weight[:, j]
+    return Q
+
+
+def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Round | None = None) -> Tensor:
+    """`sweep_reference` for a mask, a grid, or a mask and then a grid, at the speed of matrix products.
+
+    Args:
+        weight: (out, in) float32 W.
+        factor: of the damped Gram matrix, float32.
+        mask, rounding: hold their decisions afterwards.
+
+    Returns:
+        (out, in) Q: exact zeros, values on the grid.
+
+    Raises:
+        UserError: a quantization group cuts through an N:M group.
+    """
+    targets: list[ColumnTarget] = [t for t in (mask, rounding) if t is not None]
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return sweep_reference(weight, factor, targets)
+    sweep_cpu.use_threads(torch.get_num_threads())
+    V, W = factor.V, weight.T.contiguous()
+    E = torch.empty_like(W)
+    outside = [t for t in targets if t.group and not (t is mask and mask.sparsity.m)]
+    for block in _blocks(len(W), mask.sparsity.m if mask else 0, [t.group for t in outside]):
+        b = block[0].start
+        carried = V[:b, b : block[-1].stop].T @ E[:b]  # (block, out)
+        for now in block:
+            S = carried[now.start - b : now.stop - b]
+            if now.start > b:
+                S.addmm_(V[b : now.start, now].T, E[b : now.start])
+            for target in outside:
+                if now.start % target.group == 0:
+                    ahead = slice(now.start, min(now.start + target.group, len(W)))
+                    known = S if ahead.stop <= now.stop else carried if now.start == b else carried[:0]
+                    target.begin(_adjusted(W, E, V, ahead, known).T, now.start)
+            _sweep_columns(W, E, S, V, now, mask, rounding)
+    return W.T.contiguous()
+
+
+def _blocks(columns: int, m: int, groups: list[int]) -> list[list[slice]]:
+    """Blocks of columns, cut into what the kernel can take at once: between two decisions made outside of it."""
+    if any(group % m for group in groups if m):
+        raise UserError(
+            f"quantization groups of {groups[0]} columns cut through {m}-column sparsity groups", "quantize"
+        )
+    size = BLOCK // m * m if 0 < m < BLOCK else m or BLOCK
+    starts = {j for step in (size, *groups) for j in range(0, columns, step)}
+    blocks = []
+    for b in range(0, columns, size):
+        cuts = [*sorted(j for j in starts if b <= j < b + size), min(b + size, columns)]
+        blocks.append([slice(first, last) for first, last in pairwise(cuts)])
+    return blocks
+
+
+def _adjusted(W: Tensor, E: Tensor, V: Tensor, ahead: slice, carried: Tensor) -> Tensor:
+    """(group, out) weights that a decision on the columns ``ahead`` sees.
+
+    Args:
+        carried: (≥ group, out) Σ E_i V_ik over the earlier columns; computed here if it holds too few columns.
+    """
+    if len(carried) < ahead.stop - ahead.start:
+        carried = V[: ahead.start, ahead].T @ E[: ahead.start]
+    carried = carried[: ahead.stop - ahead.start]
+    if ahead.start == 0:
+        return W[ahead]
+    block = V[ahead, ahead].contiguous().numpy()
+    return torch.from_numpy(sweep_cpu.adjust_columns(W[ahead].numpy(), carried.numpy(), block))
+
+
+def _sweep_columns(
+    W: Tensor, E: Tensor, S: Tensor, V: Tensor, now: slice, mask: Mask | None, rounding: Round | None
+) -> None:
+    """Hands columns ``now`` of the transposed matrices to the compiled kernel."""
+    none = torch.empty(0, 0)
+    sweep_cpu.sweep_columns(
+        W[now].numpy(),
+        E[now].numpy(),
+        S.numpy(),
+        V[now, now].contiguous().numpy(),
+        (none.bool() if mask is None else mask.keep.T[now]).numpy(),
+        mask.sparsity.n if mask else 0,
+        mask.sparsity.m if mask else 0,
+        (none if rounding is None else rounding.scale).numpy(),
+        (none if rounding is None else rounding.zero).numpy(),
+        (none.long() if rounding is None else rounding.level_of[now]).numpy().reshape(-1),
+        *(np.float32(code) for code in (rounding.grid.range if rounding else (0, 0))),
+    )
+
+
+def _keep_highest(score: Tensor, drop: int) -> Tensor:
+    """False for exactly the ``drop`` lowest of all non-negative scores."""
+    if score.device.type == "cpu" and score.dtype == torch.float32:
+        sweep_cpu.use_threads(torch.get_num_threads())
+        return torch.from_numpy(sweep_cpu.keep_highest(score.contiguous().numpy(), drop))
+    keep = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
+    keep[torch.topk(score.flatten(), drop, largest=False, sorted=False).indices] = False
+    return keep.view_as(score)
