@@ -1,0 +1,286 @@
+"""A checkpoint folder appears whole or not at all, and never at the cost of what was there before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from llmcompress.errors import UserError
+from llmcompress.export.checkpoint import REMOTE_CODE, CheckpointWriter, check_disk_space, check_output
+from llmcompress.runtime.loading import load
+
+FILES = {"config.json": "{}", "llmcompress.json": "{}"}
+
+
+@pytest.fixture
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        architectures=["LlamaForCausalLM"],
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def write(folder, shards: int = 1, value: float = 0.0, **options) -> dict[str, str]:
+    """A small finished folder of ours; the hashes of its shards."""
+    with CheckpointWriter(folder, **options) as writer:
+        for i in range(shards):
+            writer.add({f"layers.{i}.weight": torch.full((2, 3), value + i), f"layers.{i}.bias": torch.ones(2)})
+        hashes = writer.hashes
+        writer.finish(FILES)
+    return hashes
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_one_shard_is_the_plain_file_without_an_index(tmp_path):
+    write(tmp_path / "out")
+    assert sorted(contents(tmp_path / "out")) == ["config.json", "llmcompress.json", "model.safetensors"]
+
+
+def test_index_names_the_shard_that_holds_each_tensor(tmp_path):
+    write(tmp_path / "out", shards=3)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    held = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            held |= {name: (shard.name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    assert index["weight_map"] == {name: shard for name, (shard, _) in held.items()}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in held.values())
+    assert set(index["weight_map"].values()) == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+
+
+def test_hashes_are_those_of_the_files(tmp_path):
+    hashes = write(tmp_path / "out", shards=2)
+    assert hashes == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "out").glob("*.safetensors")
+    }
+
+
+def test_same_tensors_give_same_bytes(tmp_path):
+    write(tmp_path / "a", shards=2)
+    write(tmp_path / "b", shards=2)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_call_above_the_limit_is_split_without_losing_a_tensor(tmp_path):
+    tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)} | {"large": torch.zeros(100)}
+    with CheckpointWriter(tmp_path / "out", shard_bytes=80) as writer:
+        writer.add(tensors)
+        writer.finish(FILES)
+    shards = [load_file(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))]
+    assert [list(shard) for shard in shards] == [["t0", "t1"], ["t2", "t3"], ["t4"], ["large"]]
+    assert all(torch.equal(tensor, tensors[name]) for shard in shards for name, tensor in shard.items())
+
+
+def test_each_call_is_on_disk_before_the_next(tmp_path):
+    with CheckpointWriter(tmp_path / "out") as writer:
+        for count in (1, 2, 3):
+            writer.add({f"t{count}": torch.zeros(4)})
+            assert len(list(writer.partial.glob("*.safetensors"))) == count
+
+
+def test_views_and_shared_tensors_are_stored_as_their_own_values(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    tensors = {"rows": whole[:2], "columns": whole.T, "whole": whole, "again": whole}
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add(tensors)
+        writer.finish(FILES)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 4 * (8 + 12 * 3) + 600
+
+
+def test_a_name_is_written_once(tmp_path):
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add({"a": torch.zeros(1)})
+        with pytest.raises(ValueError, match="a was already written"):
+            writer.add({"a": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_crash_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), CheckpointWriter(tmp_path / "new" / "out") as writer:  # noqa: PT012
+        writer.add({"a": torch.zeros(1)})
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_inside_finish_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="missing"), CheckpointWriter(tmp_path / "out") as writer:  # noqa: PT012
+        writer.add({"a": torch.zeros(1)})
+        writer.finish({"missing/folder.json": ""})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leaving_without_finish_leaves_nothing(tmp_path):
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add({"a": torch.zeros(1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_replaces_only_at_the_end(tmp_path):
+    write(tmp_path / "out", value=1.0)
+    before = contents(tmp_path / "out")
+    with CheckpointWriter(tmp_path / "out", force=True) as writer:
+        writer.add({"new": torch.zeros(1)})
+        assert contents(tmp_path / "out") == before
+        writer.finish(FILES)
+    assert list(load_file(tmp_path / "out" / "model.safetensors")) == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("failing", ["body", "rename"])
+def test_force_keeps_the_old_folder_when_the_write_fails(tmp_path, monkeypatch, failing):
+    write(tmp_path / "out", value=1.0)
+    before = contents(tmp_path / "out")
+    with pytest.raises(OSError, match="broken"), CheckpointWriter(tmp_path / "out", force=True) as writer:  # noqa: PT012
+        writer.add({"new": torch.zeros(1)})
+        if failing == "body":
+            raise OSError("broken")
+        rename = type(tmp_path).rename
+
+        def broken(self, target):
+            if self == writer.partial:
+                raise OSError("broken")
+            return rename(self, target)
+
+        monkeypatch.setattr(type(tmp_path), "rename", broken)
+        writer.finish(FILES)
+    assert contents(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(UserError, match="already exists"), CheckpointWriter(tmp_path / "out") as writer:  # noqa: PT012
+        writer.add({"a": torch.zeros(1)})
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("kept")
+        writer.finish(FILES)
+    assert (tmp_path / "out" / "precious").read_text() == "kept"
+
+
+def test_existing_output_is_refused_before_any_work(tmp_path):
+    write(tmp_path / "out")
+    with pytest.raises(UserError, match=r"already exists.*--force"):
+        check_output(tmp_path / "out")
+    check_output(tmp_path / "out", force=True)
+
+
+def test_force_refuses_what_is_not_ours(tmp_path):
+    for name in ("folder", "checkpoint"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("")
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    write(tmp_path / "ours")
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    for name in ("folder", "checkpoint", "file", "link"):
+        with pytest.raises(UserError, match="not an output of this program"):
+            check_output(tmp_path / name, force=True)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", force=True)
+
+
+def test_the_input_model_and_its_parents_are_never_replaced(tmp_path, monkeypatch):
+    model = tmp_path / "models" / "llama"
+    write(model)
+    monkeypatch.chdir(tmp_path)
+    for output in (model, tmp_path / "models", tmp_path / "models" / ".." / "models" / "llama"):
+        with pytest.raises(UserError, match="input model"):
+            check_output(output, force=True, source=model)
+    check_output(model.parent / "llama-small", force=True, source=model)
+
+
+def test_a_parent_that_cannot_hold_folders_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not a folder"):
+        check_output(tmp_path / "file" / "out")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="permission"):
+        check_output(tmp_path / "deep" / "out")
+
+
+def test_disk_space_is_refused_above_what_is_free(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    check_disk_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(UserError, match=r"GB of disk space"):
+        check_disk_space(tmp_path / "not" / "yet", free * 2)
+
+
+def test_tokenizer_files_travel_and_weights_do_not(tmp_path):
+    source = tmp_path / "source"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    carried = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "LICENSE"]
+    carried += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"]
+    carried += ["additional_chat_templates/tool.jinja"]
+    left = ["pytorch_model.bin", "model.safetensors", "tokenizer.pt", "config.json", "README.md", "llmcompress.json"]
+    for name in [*carried, *left, "modeling_own.py"]:
+        (source / name).write_text(name)
+    (source / "tokenizer.json").unlink()
+    (tmp_path / "blob").write_text("tokenizer.json")
+    (source / "tokenizer.json").symlink_to(tmp_path / "blob")  # as in the hub's cache
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add({"a": torch.zeros(1)})
+        writer.finish(FILES | {"generation_config.json": "ours"}, source)
+    written = contents(tmp_path / "out")
+    assert sorted(written) == sorted([*carried, *FILES, "model.safetensors"])
+    assert written["generation_config.json"] == b"ours"
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    with CheckpointWriter(tmp_path / "code") as writer:
+        writer.add({"a": torch.zeros(1)})
+        writer.finish(FILES, source, REMOTE_CODE)
+    assert "modeling_own.py" in contents(tmp_path / "code")
+
+
+def test_dense_folder_loads_to_the_same_logits(tmp_path, tiny_model):
+    state, tokens = tiny_model.state_dict(), torch.randint(128, (2, 9))
+    blocks = [{n: t for n, t in state.items() if f"layers.{i}." in n} for i in range(2)]
+    rest = {n: t for n, t in state.items() if "layers." not in n}
+    with CheckpointWriter(tmp_path / "out") as writer:
+        for part in [*blocks, rest]:
+            writer.add(part)
+        writer.finish({"config.json": tiny_model.config.to_json_string()})
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path / "out"), load(tmp_path / "out")):
+        with torch.no_grad():
+            assert torch.equal(loaded(tokens).logits, tiny_model(tokens).logits)
+    assert load(tmp_path / "out", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_load_names_what_is_wrong_with_a_folder(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no safetensors"):
+        load(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_text("")
+    with pytest.raises(UserError, match=r"pickle.*pytorch_model\.bin"):
+        load(tmp_path)
+    save_file({"a": torch.zeros(100)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="unknown dtype"):
+        load(tmp_path, dtype="float33")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(UserError, match=r"model-1\.safetensors: missing"):
+        load(tmp_path)
