@@ -6,7 +6,7 @@ commits them to the modules, folds the smoothing into the norm and writes the co
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +58,7 @@ class MatrixGroup:
         matrices: those to be compressed.
         bystanders: other readers of the tensor: never pruned or quantized, but smoothing scales them too.
         fold_refusal: why smoothing is impossible here; empty if the producing norm's fold was verified.
+        snap: rounds a scale (in,) to one the producing norm can store exactly.
         smoothing: (in,) total scale s divided out of the inputs so far; None if none.
         activations: grid of the inputs at run time; None if they stay in floating point.
         activation_levels: of a static activation grid.
@@ -68,6 +69,7 @@ class MatrixGroup:
     matrices: list[Matrix]
     bystanders: list[Matrix] = field(default_factory=list)
     fold_refusal: str = ""
+    snap: Callable[[Tensor], Tensor] = field(default=lambda s: s)
     smoothing: Tensor | None = None
     activations: QuantGrid | None = None
     activation_levels: Levels | None = None
@@ -91,11 +93,13 @@ class MatrixGroup:
         return twin
 
     def smooth(self, s: Tensor, stats: InputStats) -> None:
-        """Divides the inputs by ``s`` (in,) and multiplies the matrices' columns; statistics follow."""
+        """Divides the inputs by ``s`` (in,), snapped, and multiplies the matrices' columns; statistics follow."""
+        before = 1.0 if self.smoothing is None else self.smoothing
+        s = self.snap(before * s) / before
         for matrix in (*self.matrices, *self.bystanders):
             matrix.weight = matrix.weight * s
         stats.rescale(s)
-        self.smoothing = s if self.smoothing is None else self.smoothing * s
+        self.smoothing = before * s
 
     def inputs_at_run_time(self, x: Tensor) -> Tensor:
         """Raw rows ``x`` (tokens, in) as the compressed matrices will see them: smoothed, then rounded."""

@@ -3,8 +3,7 @@
     s_j = max|X_j|^α / max|W_:j|^(1−α),  X ← X / s,  W ← W · s
 
 max|W_:j| is over all matrices that read the input. The division is folded into the norm that wrote it, so it is
-free at run time. Departure: where several α are given, each input takes the one with the least output error of
-the steps that follow, on held-back rows."""
+free at run time; inputs that no norm writes (of o_proj and down_proj in a Llama) keep their outliers, as in the paper."""
 
 from __future__ import annotations
 
@@ -30,8 +29,9 @@ class SmoothQuant(Method):
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         if group.fold_refusal:
-            group.warnings.append(f"{group.name}: not smoothed, {group.fold_refusal}")
+            group.figures["not_smoothed"] = group.fold_refusal
             return stats
+        group.figures["alpha"] = self.alpha
         weights = [m.weight for m in (*group.matrices, *group.bystanders)]
         group.smooth(migration_scale(stats.absmax, weights, self.alpha), stats)
         return stats

@@ -1,0 +1,75 @@
+"""Two models over the same tokens, block by block in lockstep, so that neither is ever whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from llmcompress.evaluate.divergence import Comparison
+from torch import Tensor
+
+from llmcompress.model.load import BlockwiseModel
+from llmcompress.suspend import gates
+from llmcompress.walk import micro_batches, start_forwards
+
+
+@torch.no_grad()
+def compare(
+    dense: BlockwiseModel, compressed: BlockwiseModel, tokens: Tensor, on_block: Callable[[int], None] = lambda i: None
+) -> Comparison:
+    """Perplexity of both models, and the divergence of the second from the first, on (N, T) token rows.
+
+    Inputs of quantized matrices are rounded as a run time would round them.
+    """
+    batches = micro_batches(tokens)
+    comparison = Comparison()
+    with gates([b.module for b in dense.blocks]), gates([b.module for b in compressed.blocks]):
+        lanes = [(model, start_forwards(model, batches)) for model in (dense, compressed)]
+        last = len(dense.blocks) - 1
+        for index in range(last):
+            for model, forwards in lanes:
+                model.load_block(index)
+                with rounded_inputs(model):
+                    for forward in forwards:
+                        forward.resume()
+                model.release_block(index)
+            on_block(index)
+        for model, _ in lanes:
+            model.load_block(last)
+        for number, batch in enumerate(batches):
+            logits = []
+            for model, forwards in lanes:
+                with rounded_inputs(model):
+                    forwards[number].resume()
+                logits.append(forwards[number].result)
+                forwards[number].result = None
+            comparison.update(logits[0], logits[1], batch.to(logits[0].device))
+        for model, _ in lanes:
+            model.release_block(last)
+    return comparison
+
+
+@contextmanager
+def rounded_inputs(model: BlockwiseModel) -> Iterator[None]:
+    """While open, the inputs of quantized matrices are rounded to their grids."""
+    hooks = []
+    for name, scheme in model.schemes.items():
+        if scheme.activations is not None:
+            hooks.append(model.model.get_submodule(name).register_forward_pre_hook(_rounder(model, name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounder(model: BlockwiseModel, name: str) -> Callable[..., Any]:
+    grid = model.schemes[name].activations
+    assert grid is not None
+
+    def rounded(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (grid.round_activations(args[0], model.input_levels.get(name)), *args[1:])
+
+    return rounded

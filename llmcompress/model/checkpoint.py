@@ -1,0 +1,156 @@
+"""A folder of safetensors read lazily: names, shapes and single tensors, never the whole model."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmcompress.errors import UserError
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, without its values."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count * self.dtype.itemsize
+
+
+class Checkpoint:
+    """A Hugging Face folder with safetensors weights.
+
+    Attributes:
+        folder: the folder.
+        config: ``config.json``.
+        tensors: by the name they have on disk.
+
+    Raises:
+        UserError: no folder, no config, no safetensors, pickled weights only, or a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise UserError("no such folder", str(folder), "give a folder that holds config.json and safetensors")
+        self.config = _read_json(folder / "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self._shards():
+            self.tensors.update(_headers(file))
+        if not self.tensors:
+            raise UserError("the safetensors files hold no tensors", str(folder))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype most weights are stored in."""
+        bytes_by_dtype: dict[torch.dtype, int] = defaultdict(int)
+        for info in self.tensors.values():
+            if info.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                bytes_by_dtype[info.dtype] += info.nbytes
+        if not bytes_by_dtype:
+            raise UserError("no tensor is stored in floating point", str(self.folder), "give the dense checkpoint")
+        return max(bytes_by_dtype, key=lambda dtype: bytes_by_dtype[dtype])
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies tensors into memory. Files are opened for this call alone, so no mapping outlives it."""
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self.tensors[name].file].append(name)
+        found: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with safe_open(self.folder / file, framework="pt") as handle:
+                for name in wanted:
+                    found[name] = handle.get_tensor(name).clone()
+        return found
+
+    def _shards(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map: dict[str, str] = _read_json(index).get("weight_map", {})
+            files = [self.folder / name for name in sorted(set(weight_map.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise UserError(
+                    f"the index names {missing[0]}, which is not there", str(index), "fetch the folder again"
+                )
+            return files
+        files = sorted(self.folder.glob("*.safetensors"))
+        if files:
+            return files
+        pickles = sorted(file.name for pattern in _PICKLES for file in self.folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"weights are pickled ({pickles[0]}), which can run code when read", str(self.folder),
+                "convert them to safetensors first: only safetensors is read",
+            )  # fmt: skip
+        raise UserError("no weights (*.safetensors)", str(self.folder), "give a complete model folder")
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raises UserError naming the tensor if it holds a NaN or an infinity."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise UserError(
+                f"{bad} of {tensor.numel()} weights are NaN or infinite", name, "give an undamaged checkpoint"
+            )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"no {file.name}", str(file.parent), "give a Hugging Face model folder")
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"not readable as JSON: {error}", str(file), "fetch the file again") from None
+    if not isinstance(tree, dict):
+        raise UserError("not a JSON object", str(file), "fetch the file again")
+    return tree
+
+
+def _headers(file: Path) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            found = {}
+            for name in list(handle.keys()):
+                part = handle.get_slice(name)
+                found[name] = TensorInfo(file.name, tuple(part.get_shape()), _dtype(part.get_dtype(), file))
+            return found
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"damaged or truncated safetensors file ({error})", str(file), "fetch it again") from None
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def _dtype(code: str, file: Path) -> torch.dtype:
+    if code not in _DTYPES:
+        raise UserError(f"tensors of type {code} are not supported", str(file), "convert them to bfloat16 or float32")
+    return _DTYPES[code]

@@ -1,0 +1,154 @@
+"""Input groups, discovered: which matrices of a block read one and the same tensor, and which norm wrote it.
+
+A few tokens are run through the block with every tensor kept alive, so that equal storage means equal tensor. No
+architecture is named anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import UserError
+from llmcompress.model.fold import NormFold, find_fold
+from llmcompress.model.load import Block
+from llmcompress.model.matrix import MatrixView, is_matrix
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class InputGroup:
+    """Matrices reading one tensor.
+
+    Attributes:
+        matrices: in the order in which the block calls them; the first is where a forward is suspended.
+        width: columns of the tensor.
+        fold: how to divide the tensor at its source; None if that is impossible.
+        fold_refusal: why; empty if there is a fold.
+    """
+
+    matrices: list[MatrixView]
+    width: int
+    fold: NormFold | None = None
+    fold_refusal: str = "no norm writes its input"
+
+    @property
+    def name(self) -> str:
+        """The first matrix's name."""
+        return self.matrices[0].name
+
+
+@dataclass
+class BlockMap:
+    """What a probe found in one block.
+
+    Attributes:
+        groups: in calling order.
+        unreached: matrices the probe's tokens did not pass, e.g. experts the router did not choose.
+        parameters: number of all parameters of the block.
+    """
+
+    groups: list[InputGroup]
+    unreached: list[str] = field(default_factory=list)
+    parameters: int = 0
+
+
+@torch.no_grad()
+def map_block(block: Block, call: Call) -> BlockMap:
+    """Finds the input groups of a block and verifies which of them can be smoothed.
+
+    Args:
+        block: with its weights loaded.
+        call: arguments with which the model calls it, for a few tokens.
+
+    Returns:
+        Groups in calling order; `fold` is set only where scaling by powers of two left the block's output unchanged.
+    """
+    record = _Record()
+    with record.watch(block.module):
+        reference = _run(block.module, call)
+    groups: dict[tuple[int, int, int], InputGroup] = {}
+    for module, x in record.matrix_inputs:
+        view = MatrixView(f"{block.name}.{_name_of(block.module, module)}", module)
+        key = _storage(x)
+        groups.setdefault(key, InputGroup([], x.shape[-1])).matrices.append(view)
+    found = list(groups.values())
+    for key, group in groups.items():
+        norm = record.writers.get(key)
+        if norm is not None:
+            group.fold, group.fold_refusal = find_fold(
+                norm, record.writer_inputs[key], [m.module for m in group.matrices],
+                lambda: _run(block.module, call), reference,
+            )  # fmt: skip
+    reached = {m.name for g in found for m in g.matrices}
+    names = [f"{block.name}.{n}" for n, m in block.module.named_modules() if is_matrix(m)]
+    return BlockMap(
+        found, [n for n in names if n not in reached], sum(p.numel() for p in block.module.parameters())
+    )  # fmt: skip
+
+
+class _Record:
+    """First inputs of matrices and outputs of norms, kept alive so that no storage is used twice."""
+
+    def __init__(self) -> None:
+        self.matrix_inputs: list[tuple[nn.Module, Tensor]] = []
+        self.writers: dict[tuple[int, int, int], nn.Module] = {}
+        self.writer_inputs: dict[tuple[int, int, int], Tensor] = {}
+        self._alive: list[Tensor] = []
+
+    @contextmanager
+    def watch(self, block: nn.Module) -> Iterator[None]:
+        """Hooks lent to the block for one forward."""
+        hooks = []
+        for module in block.modules():
+            if is_matrix(module):
+                hooks.append(module.register_forward_pre_hook(self._on_matrix))
+            elif _is_norm(module):
+                hooks.append(module.register_forward_hook(self._on_norm))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _on_matrix(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if all(module is not seen for seen, _ in self.matrix_inputs):
+            self.matrix_inputs.append((module, args[0]))
+
+    def _on_norm(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            self.writers[_storage(output)] = module
+            self.writer_inputs[_storage(output)] = args[0]
+            self._alive.append(output)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A leaf with one weight per feature: LayerNorm, RMSNorm and their relatives."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1 and not list(module.children())
+
+
+def _storage(x: Tensor) -> tuple[int, int, int]:
+    """Identity of the memory a tensor shows: equal for views of the whole, different for slices."""
+    return x.data_ptr(), x.numel(), x.shape[-1]
+
+
+def _run(module: nn.Module, call: Call) -> Tensor:
+    """The block's hidden-state output; tensors among the arguments are copied, as blocks may write into them."""
+    args, kwargs = call
+    output = type(module).forward(module, *(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
+    first = output[0] if isinstance(output, tuple) else output
+    if not isinstance(first, Tensor):
+        raise UserError(
+            f"a block returns {type(first).__name__}", type(module).__name__, "such models are not supported"
+        )
+    return first
+
+
+def _name_of(block: nn.Module, module: nn.Module) -> str:
+    return next(name for name, candidate in block.named_modules() if candidate is module)

@@ -1,0 +1,198 @@
+"""A model whose decoder blocks are empty until they are needed.
+
+The skeleton has the real modules without storage; embeddings, final norm and head are read at once, blocks one by
+one. Names are translated by transformers' own conversion table, so checkpoints saved under other names load too."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+
+from llmcompress.core.grid import Levels
+from llmcompress.errors import UserError
+from llmcompress.export.quantized import Scheme, schemes_of, unpack, unpack_activations
+from llmcompress.model.blocks import find_blocks
+from llmcompress.model.checkpoint import Checkpoint, require_finite
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder block: its dotted name and module."""
+
+    name: str
+    module: nn.Module
+
+
+class BlockwiseModel:
+    """A causal language model read from a checkpoint, block by block.
+
+    Attributes:
+        model: the transformers module; parameters of absent blocks are on the meta device.
+        blocks: in order.
+        dtype: floating dtype of the arithmetic; stored weights are converted to it.
+        schemes: of quantized matrices by module name; empty for a dense checkpoint.
+        input_levels: of static input grids by module name, for blocks loaded so far.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
+    ) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.model = _skeleton(checkpoint, dtype, trust_remote_code)
+        self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
+        self.schemes = self._read_schemes()
+        self.input_levels: dict[str, Levels] = {}
+        self.source_names = self._match_names()
+        self._prefixes = tuple(block.name + "." for block in self.blocks)
+        self._load({name for name, _ in self.model.named_parameters()} - set(self._block_parameters()))
+        self._place_buffers()
+        self.model.tie_weights()
+        self.model.eval().requires_grad_(False)
+
+    def load_block(self, index: int) -> Block:
+        """Materialises one block's weights.
+
+        Raises:
+            UserError: a weight is missing, or holds NaN or infinity.
+        """
+        block = self.blocks[index]
+        self._load({f"{block.name}.{name}" for name, _ in block.module.named_parameters()})
+        return block
+
+    def release_block(self, index: int) -> None:
+        """Frees one block's weights."""
+        self.blocks[index].module.to(device="meta")
+
+    def block_sources(self, index: int) -> list[str]:
+        """Names on disk of the tensors that make up one block."""
+        prefix = self._prefixes[index]
+        return [s for target, sources in self.source_names.items() if target.startswith(prefix) for s in sources]
+
+    def rest_sources(self) -> list[str]:
+        """Names on disk of every tensor outside the blocks, those the model does not use among them."""
+        in_blocks = {name for i in range(len(self.blocks)) for name in self.block_sources(i)}
+        return [name for name in self.checkpoint.tensors if name not in in_blocks]
+
+    def disk_name(self, parameter: str) -> str:
+        """The name on disk of a parameter ``module.weight``."""
+        return self.source_names[parameter][0]
+
+    def _block_parameters(self) -> Iterator[str]:
+        for block in self.blocks:
+            yield from (f"{block.name}.{name}" for name, _ in block.module.named_parameters())
+
+    def _read_schemes(self) -> dict[str, Scheme]:
+        quantization: dict[str, Any] | None = self.checkpoint.config.get("quantization_config")
+        if not quantization:
+            return {}
+        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        return schemes_of(quantization, linears)
+
+    def _match_names(self) -> dict[str, list[str]]:
+        """Parameter (or ``module.weight_scale`` …) → names on disk."""
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+        known = dict(self.model.state_dict(keep_vars=True))
+        matched: dict[str, list[str]] = defaultdict(list)
+        for source in self.checkpoint.tensors:
+            stem, suffix = _split_quantized(source, self.schemes)
+            target, pattern = rename_source_key(
+                stem, renamings, converters, self.model.base_model_prefix, known  # type: ignore[arg-type]
+            )  # fmt: skip
+            if pattern is not None and target in known:
+                raise UserError(
+                    f"{source} is merged into {target} when transformers loads it", str(self.checkpoint.folder),
+                    f"the layout of {type(self.model).__name__} is not supported yet",
+                )  # fmt: skip
+            if target in known:
+                matched[target.removesuffix("weight") + suffix if suffix else target].append(source)
+        return matched
+
+    def _load(self, parameters: set[str]) -> None:
+        """Reads parameters from disk, converts them to the working dtype and puts them into their modules."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        for name in sorted(parameters):
+            module_name, _, attribute = name.rpartition(".")
+            if module_name in self.schemes and attribute == "weight":
+                value = self._read_quantized(module_name)
+            elif name in self.source_names:
+                value = self._read_one(name)
+            elif name in tied:
+                continue
+            else:
+                raise UserError("the checkpoint lacks this weight", name, "give a complete checkpoint")
+            owner = self.model.get_submodule(module_name)
+            expected = owner.get_parameter(attribute).shape
+            if value.shape != expected:
+                raise UserError(f"shape {tuple(value.shape)}, config.json says {tuple(expected)}", name)
+            setattr(owner, attribute, nn.Parameter(value.to(self.device), requires_grad=False))
+
+    def _read_one(self, name: str) -> Tensor:
+        source = self.source_names[name][0]
+        value = self.checkpoint.read([source])[source]
+        require_finite(name, value)
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def _read_quantized(self, module: str) -> Tensor:
+        parts = {t.removeprefix(module + "."): s[0] for t, s in self.source_names.items() if _is_part(t, module)}
+        read = self.checkpoint.read(parts.values())
+        tensors = {suffix: read[source] for suffix, source in parts.items()}
+        levels = unpack_activations(tensors)
+        if levels is not None:
+            self.input_levels[module] = levels
+        return unpack(tensors, self.schemes[module]).dequantize().to(self.dtype)
+
+    def _place_buffers(self) -> None:
+        """Persistent buffers come from the checkpoint, the others were computed with the skeleton."""
+        for name, buffer in list(self.model.named_buffers()):
+            value = self._read_one(name) if name in self.source_names else buffer
+            owner_name, _, attribute = name.rpartition(".")
+            self.model.get_submodule(owner_name)._buffers[attribute] = value.to(self.device)
+
+
+_QUANTIZED_SUFFIXES = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "input_scale",
+    "input_zero_point",
+)
+
+
+def _split_quantized(source: str, schemes: dict[str, Scheme]) -> tuple[str, str]:
+    """``a.weight_scale`` → (``a.weight``, ``weight_scale``); other names → (name, "")."""
+    for suffix in _QUANTIZED_SUFFIXES if schemes else ():
+        if source.endswith("." + suffix):
+            return source.removesuffix(suffix) + "weight", suffix
+    return source, ""
+
+
+def _is_part(target: str, module: str) -> bool:
+    head, _, last = target.rpartition(".")
+    return head == module and (last == "weight" or last in _QUANTIZED_SUFFIXES)
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise UserError(
+            f"transformers cannot build this model: {' '.join(str(error).split())[:300]}", str(checkpoint.folder),
+            "check config.json; custom code needs --trust-remote-code",
+        ) from error  # fmt: skip

@@ -1,0 +1,168 @@
+"""What a run would do, found out without doing it: blocks, input groups, folds, memory and bytes on disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from llmcompress.core.grid import QuantGrid
+from llmcompress.core.group import Method
+from llmcompress.errors import UserError
+from llmcompress.export.quantized import Scheme, storage_bits, unsupported
+from llmcompress.model.groups import InputGroup, map_block
+from llmcompress.model.load import BlockwiseModel
+from llmcompress.model.matrix import MatrixView, is_matrix
+from llmcompress.recipe import Recipe
+from llmcompress.suspend import gates
+from llmcompress.walk import PROBE_TOKENS, call_of, start_forwards
+
+#: interpreter, libraries and allocator slack, measured
+BASE_BYTES = 700 * 2**20
+
+
+@dataclass
+class PlannedGroup:
+    """One input group: the matrices that will be compressed, and whether smoothing can be folded."""
+
+    matrices: list[str]
+    left_dense: list[str]
+    width: int
+    fold: str
+
+
+@dataclass
+class Plan:
+    """What `--dry-run` prints.
+
+    Attributes:
+        blocks: by block name, its input groups.
+        share: of the blocks' weights, what will be compressed.
+        peak_memory_bytes: predicted high-water mark of the process.
+        size_bytes: before, and predicted after.
+    """
+
+    blocks: dict[str, list[PlannedGroup]] = field(default_factory=dict)
+    share: float = 0.0
+    peak_memory_bytes: int = 0
+    size_bytes: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON takes it."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For the terminal. Blocks with the same groups are told once."""
+        lines: list[str] = []
+        told: dict[str, list[str]] = {}
+        for block, groups in self.blocks.items():
+            told.setdefault("\n".join(_describe(block, g) for g in groups), []).append(block)
+        for description, blocks in told.items():
+            span = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]} ({len(blocks)} blocks)"
+            lines += [span, description]
+        lines += [
+            f"compressed   {self.share:.1%} of the blocks' weights",
+            f"memory       about {self.peak_memory_bytes / 2**30:.2f} GiB at the peak",
+            f"on disk      {_mib(self.size_bytes['before'])} → about {_mib(self.size_bytes['after'])}",
+        ]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) -> Plan:
+    """Runs a few tokens through the model, block by block, to find groups and folds."""
+    targeted = set(check_fit(recipe, model))
+    plan = Plan(size_bytes={"before": model.checkpoint.size_bytes, "after": estimate_size(model, recipe)})
+    compressed = total = 0
+    largest_block = widest = 0
+    with gates([b.module for b in model.blocks]):
+        probe = start_forwards(
+            model, [torch.arange(PROBE_TOKENS)[None] % model.model.config.get_text_config().vocab_size]
+        )[0]
+        for index in range(len(model.blocks)):
+            block = model.load_block(index)
+            found = map_block(block, call_of(probe))
+            probe.resume()
+            model.release_block(index)
+            plan.blocks[block.name] = [_planned(g, targeted) for g in found.groups]
+            sizes = {m.name: m.shape[0] * m.shape[1] for g in found.groups for m in g.matrices}
+            compressed += sum(size for name, size in sizes.items() if name in targeted)
+            total += found.parameters
+            largest_block = max(largest_block, found.parameters)
+            widest = max(widest, *(g.width for g in found.groups))
+    plan.share = compressed / total
+    plan.peak_memory_bytes = _estimate_memory(model, recipe, largest_block, widest, samples * length)
+    return plan
+
+
+def check_fit(recipe: Recipe, model: BlockwiseModel) -> list[str]:
+    """Names of the matrices a recipe will compress.
+
+    Raises:
+        UserError: a pattern or group does not divide a width, or nothing is targeted.
+    """
+    views = [view for view in _matrices(model) if recipe.targets(view.name)]
+    for view in views:
+        for method in recipe.methods:
+            if misfit := method.misfit(view.shape[1]):
+                last = view.name.rpartition(".")[2]
+                raise UserError(misfit, view.name, f"""or leave it dense: --set 'targets.exclude=["*.{last}"]'""")
+    if not views:
+        raise UserError("no matrix is targeted", f"recipe {recipe.name}", "widen targets.include or targets.exclude")
+    return [view.name for view in views]
+
+
+def estimate_size(model: BlockwiseModel, recipe: Recipe) -> int:
+    """Predicted bytes of the result's tensors."""
+    saved = 0.0
+    grid = recipe.grid
+    for view in _matrices(model) if grid else ():
+        if recipe.targets(view.name) and grid is not None and not unsupported(type(view.module)):
+            rows, columns = view.shape
+            scheme = Scheme(grid, _activations(recipe.methods))
+            bits = storage_bits(scheme) + grid.bits_per_weight(columns) - grid.bits
+            saved += rows * columns * (8 * model.checkpoint.dtype.itemsize - bits) / 8
+    return model.checkpoint.size_bytes - int(saved)
+
+
+def _activations(methods: tuple[Method, ...]) -> QuantGrid | None:
+    return next((getattr(m, "activations", None) for m in reversed(methods) if m.stage == "quantize"), None)
+
+
+def _estimate_memory(model: BlockwiseModel, recipe: Recipe, block: int, width: int, tokens: int) -> int:
+    """Resident weights, one block and the float32 copies of half of it, the live activations of all micro-batches,
+    and a Gram matrix of the widest input if a step wants it."""
+    item = model.dtype.itemsize
+    resident = sum(p.numel() for p in model.model.parameters() if p.device.type != "meta") * item
+    hidden = model.model.config.get_text_config().hidden_size
+    live = tokens * (2 * hidden + 2 * width) * item + tokens * width * 4 * any(
+        "rows" in m.needs for m in recipe.methods
+    )
+    gram = 3 * 4 * width**2 if any("gram" in m.needs for m in recipe.methods) else 0
+    return BASE_BYTES + resident + block * (item + 8) + live + gram
+
+
+def _matrices(model: BlockwiseModel) -> list[MatrixView]:
+    """Every matrix inside the blocks."""
+    return [
+        MatrixView(f"{block.name}.{name}", module)
+        for block in model.blocks
+        for name, module in block.module.named_modules()
+        if is_matrix(module)
+    ]
+
+
+def _planned(group: InputGroup, targeted: set[str]) -> PlannedGroup:
+    names = [m.name for m in group.matrices]
+    fold = f"into {type(group.fold.norm).__name__}" if group.fold else f"refused: {group.fold_refusal}"
+    return PlannedGroup([n for n in names if n in targeted], [n for n in names if n not in targeted], group.width, fold)
+
+
+def _describe(block: str, group: PlannedGroup) -> str:
+    short = [name.removeprefix(block + ".") for name in group.matrices]
+    dense = [name.removeprefix(block + ".") + " (left dense)" for name in group.left_dense]
+    return f"  {', '.join(short + dense):58s} {group.width:6d} inputs   smoothing {group.fold}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

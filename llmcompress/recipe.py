@@ -1,0 +1,269 @@
+"""A recipe is an ordered list of stages: clip, prune, smooth, quantize, each done by a method.
+
+Recipes are read from YAML (``configs/*.yaml`` hold the named ones), checked in full before anything is loaded, and
+saved with the result; their hash names the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import yaml
+
+from llmcompress.core.grid import QuantGrid
+from llmcompress.core.group import Method
+from llmcompress.core.sparsity import Sparsity
+from llmcompress.errors import UserError, nearest
+from llmcompress.methods import DEFAULT_METHOD, METHODS
+from llmcompress.resources import configs_dir
+
+_TOP_KEYS = ("description", "stages", "targets")
+_NO_RECIPES = {"models"}  # other tables that live beside the recipes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe.
+
+    Attributes:
+        kind: ``clip``, ``prune``, ``smooth`` or ``quantize``.
+        method_name: key in METHODS.
+        method: the step itself, its fields filled from the recipe.
+        options: the keys as the user wrote them, for saving.
+    """
+
+    kind: str
+    method_name: str
+    method: Method
+    options: dict[str, object]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a model.
+
+    Attributes:
+        name: of the file, or as given.
+        stages: in order.
+        include, exclude: shell patterns over matrix names (``*.down_proj``); a matrix is compressed if one of
+            ``include`` and none of ``exclude`` matches.
+        description: one line.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    description: str = ""
+
+    @staticmethod
+    def names() -> list[str]:
+        """The packaged recipes."""
+        return sorted(p.stem for p in configs_dir().glob("*.yaml") if p.stem not in _NO_RECIPES)
+
+    @staticmethod
+    def load(name_or_file: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Reads a packaged recipe by name, or a YAML file, with ``stage.key=value`` overrides.
+
+        Raises:
+            UserError: no such recipe, stage, method, key, or a value that does not fit.
+        """
+        text = str(name_or_file)
+        path = Path(text) if text.endswith((".yaml", ".yml")) else configs_dir() / f"{text}.yaml"
+        if not path.is_file() or path.stem in _NO_RECIPES:
+            fix = "give the path of a YAML file" if path == Path(text) else nearest(text, Recipe.names())
+            raise UserError(f"no recipe '{text}'", "--recipe", fix)
+        try:
+            tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"not readable as YAML: {_one_line(error)}", str(path), "compare with configs/jsq.yaml"
+            ) from None
+        return Recipe.from_tree(tree, path.stem, overrides)
+
+    @staticmethod
+    def from_tree(tree: object, name: str, overrides: Iterable[str] = ()) -> Recipe:
+        """Builds a recipe from the mapping a YAML file holds."""
+        where = f"recipe {name}"
+        if not isinstance(tree, dict) or not isinstance(tree.get("stages"), list):
+            raise UserError("a recipe is a mapping with a list 'stages'", where, "compare with configs/jsq.yaml")
+        _known(tree, _TOP_KEYS, where)
+        targets = tree.get("targets") or {}
+        if not isinstance(targets, dict):
+            raise UserError("targets is a mapping of include and exclude", where)
+        _known(targets, ("include", "exclude"), f"{where}: targets")
+        stages = [_read_stage(entry, where) for entry in tree["stages"]]
+        targets = dict(targets)
+        for override in overrides:
+            _override(override, stages, targets)
+        if not stages:
+            raise UserError("no stages", where, f"add one of {', '.join(DEFAULT_METHOD)}")
+        return Recipe(
+            name,
+            tuple(_build_stage(kind, options, where) for kind, options in stages),
+            _patterns(targets.get("include", ["*"]), where),
+            _patterns(targets.get("exclude", []), where),
+            str(tree.get("description", "")),
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that `load` reads back."""
+        tree = {
+            "description": self.description,
+            "stages": [{s.kind: {"method": s.method_name, **s.options}} for s in self.stages],
+            "targets": {"include": list(self.include), "exclude": list(self.exclude)},
+        }
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+    @property
+    def hash(self) -> str:
+        """First 12 hex digits of the SHA-256 of the recipe's YAML."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:12]
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The steps in order."""
+        return tuple(stage.method for stage in self.stages)
+
+    @property
+    def sparsity(self) -> Sparsity | None:
+        """Of the last stage that prunes; None if none does."""
+        found = [getattr(m, "sparsity", None) for m in self.methods if m.stage == "prune"]
+        return found[-1] if found else None
+
+    @property
+    def grid(self) -> QuantGrid | None:
+        """Of the weights; None if no stage quantizes."""
+        found = [getattr(m, "weights", None) for m in self.methods if m.stage == "quantize"]
+        return found[-1] if found else None
+
+    def targets(self, name: str) -> bool:
+        """Whether the matrix of this dotted name is to be compressed."""
+        return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
+
+
+def parse_value(text: str) -> object:
+    """A value from the command line, read as the recipe files are: ``0.5``, ``2:4``, ``int8``, ``[0, 4e-5]``."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"'{text}' is not readable: {_one_line(error)}", "--set", "quote it as YAML would") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: 4e-5 is a number and 2:4 is not (YAML 1.1 reads it in base 60)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf)$|\.(nan|NaN)$"),
+    list("-+0123456789."),
+)
+
+
+def _read_stage(entry: object, where: str) -> tuple[str, dict[str, object]]:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise UserError(f"a stage is one key such as 'prune: {{sparsity: 0.5}}', not {entry!r}", where)
+    kind, options = next(iter(entry.items()))
+    if kind not in DEFAULT_METHOD:
+        raise UserError(f"unknown stage '{kind}'", where, nearest(str(kind), DEFAULT_METHOD))
+    if options is not None and not isinstance(options, dict):
+        raise UserError(f"stage {kind} takes a mapping, not {options!r}", where)
+    return kind, dict(options or {})
+
+
+def _override(text: str, stages: list[tuple[str, dict[str, object]]], targets: dict[str, object]) -> None:
+    path, equals, value = text.partition("=")
+    kind, dot, key = path.strip().partition(".")
+    if not equals or not dot or not key:
+        raise UserError(f"'{text}' is not stage.key=value", "--set", "write e.g. --set prune.sparsity=0.6")
+    parsed = parse_value(value)
+    if kind == "targets":
+        _known({key: parsed}, ("include", "exclude"), "--set targets")
+        targets[key] = parsed
+        return
+    matching = [options for stage, options in stages if stage == kind]
+    if not matching:
+        have = [stage for stage, _ in stages]
+        raise UserError(f"the recipe has no stage '{kind}'", "--set", nearest(kind, [*have, "targets"]))
+    for options in matching:
+        options[key] = parsed
+
+
+def _build_stage(kind: str, options: dict[str, object], where: str) -> Stage:
+    fields = dict(options)
+    name = str(fields.pop("method", DEFAULT_METHOD[kind]))
+    choices = [n for n, cls in METHODS.items() if cls.stage == kind]
+    if name not in choices:
+        raise UserError(f"no method '{name}' for stage {kind}", where, nearest(name, choices))
+    cls = METHODS[name]
+    where = f"{where}: {kind}"
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    _known(fields, tuple(known), where)
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
+    if missing:
+        raise UserError(f"method {name} needs '{missing[0]}'", where, f"add {missing[0]}: …")
+    hints = typing.get_type_hints(cls)
+    values = {key: _convert(value, hints[key], key, where) for key, value in fields.items()}
+    return Stage(kind, name, cls(**values), fields)
+
+
+def _convert(value: object, hint: object, key: str, where: str) -> object:
+    """``value`` as the field's annotation wants it."""
+    where = f"{where}.{key}"
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if type(None) in options and value is None:
+        return None
+    kinds = [o for o in options if o is not type(None)]
+    if Sparsity in kinds:
+        return Sparsity.parse(value)
+    if QuantGrid in kinds:
+        return QuantGrid.parse_activations(value) if key == "activations" else QuantGrid.parse_weights(value)
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+            return tuple(_convert(v, typing.get_args(kind)[0], key, where) for v in value)
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+            return value
+        if isinstance(kind, type) and type(value) is kind:
+            return value
+    raise UserError(f"{value!r} is not {_spoken(hint)}", where)
+
+
+def _spoken(hint: object) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
+    return names.get(typing.cast(type, hint), f"a value of type {str(hint).replace('typing.', '')}")
+
+
+def _known(tree: dict[str, object], known: Iterable[str], where: str) -> None:
+    for key in tree:
+        if key not in known:
+            raise UserError(f"unknown key '{key}'", where, nearest(str(key), known))
+
+
+def _patterns(value: object, where: str) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise UserError(f"targets are shell patterns such as '*.down_proj', not {value!r}", where)
+    return tuple(items)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

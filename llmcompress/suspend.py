@@ -1,0 +1,194 @@
+"""Forwards that stop where someone wants to look, and go on when told.
+
+A forward runs in a greenlet. `suspend` inside it hands a place to whoever resumed it, and returns what the next
+`resume` brings. So a whole model can wait at a block, and a block at each of its matrices, without a line of
+architecture-specific code, and every tensor computed so far stays where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from greenlet import greenlet
+from torch import Tensor, nn
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AtBlock:
+    """The model's loop is about to call a block with these arguments."""
+
+    index: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AtMatrix:
+    """A block is about to multiply ``x`` (..., in) by the first matrix of an input group.
+
+    Attributes:
+        group: number of the group within the block.
+        x: what the matrices read; rewriting it in place reaches all of them.
+        norm_input: what the producing norm read, where its fold was verified.
+    """
+
+    group: int
+    x: Tensor
+    norm_input: Tensor | None
+
+
+Place = AtBlock | AtMatrix
+
+
+class SuspendedForward:
+    """One forward that can be resumed until it is done.
+
+    Attributes:
+        place: where it waits; None once it has ended.
+        result: what the forward returned, once it has ended.
+    """
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
+        self._greenlet = greenlet(forward)
+        self.place: Place | None = None
+        self.result: Any = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the forward has returned."""
+        return bool(self._greenlet.dead)
+
+    def resume(self) -> Place | None:
+        """Runs to the next place and returns it; None when the forward has ended. Exceptions come through."""
+        self.place = None
+        outcome = self._greenlet.switch()
+        if self.done:
+            self.result = outcome
+        else:
+            self.place = outcome
+        return self.place
+
+
+def suspend(place: Place) -> None:
+    """Called inside a `SuspendedForward`: waits here until it is resumed."""
+    greenlet.getcurrent().parent.switch(place)
+
+
+@contextmanager
+def gates(blocks: list[nn.Module]) -> Iterator[None]:
+    """While open, every forward that reaches a block waits there, as `AtBlock`, before it runs the block."""
+
+    def gate(index: int, block: nn.Module) -> Callable[..., Any]:
+        def wait_then_run(*args: Any, **kwargs: Any) -> Any:
+            suspend(AtBlock(index, args, kwargs))
+            return type(block).forward(block, *args, **kwargs)
+
+        return wait_then_run
+
+    for index, block in enumerate(blocks):
+        block.forward = gate(index, block)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where forwards of a block wait: the matrices of one input group and the norm that writes their input.
+
+    Attributes:
+        readers: in calling order; the first one called is where a forward waits.
+        norm: the producing norm, if its fold was verified.
+    """
+
+    readers: Sequence[nn.Module]
+    norm: nn.Module | None
+
+
+class BlockPass:
+    """All micro-batches on their way through one block, stopping once at each input group.
+
+    Two ways with the same result. Suspended: every forward keeps its live tensors while it waits, so each
+    micro-batch runs once. Replayed: a forward is run from the block's start to the stop and dropped, which takes
+    about 2.5 forwards and the memory of one micro-batch.
+    """
+
+    def __init__(self, block: nn.Module, stops: Sequence[Stop], forwards: Sequence[SuspendedForward], replay: bool):
+        self.block, self.stops, self.forwards, self.replay = block, stops, forwards, replay
+        self.served: set[int] = set()
+        self.rounding: dict[int, Rounding] = {}
+        self._norm_inputs: dict[tuple[int, int], Tensor] = {}
+
+    def arrivals(self) -> Iterator[tuple[int, list[AtMatrix]]]:
+        """Yields (number of the stop, the places of all micro-batches that wait there), earliest first.
+
+        The caller decides about the matrices of the stop before it asks for the next one. When the iterator ends,
+        all forwards have left the block.
+        """
+        with self._hooks():
+            yield from self._replayed() if self.replay else self._suspended()
+
+    def _suspended(self) -> Iterator[tuple[int, list[AtMatrix]]]:
+        for forward in self.forwards:
+            forward.resume()
+        while waiting := [f for f in self.forwards if isinstance(f.place, AtMatrix)]:
+            stop = min(f.place.group for f in waiting if isinstance(f.place, AtMatrix))
+            here = [f for f in waiting if isinstance(f.place, AtMatrix) and f.place.group == stop]
+            yield stop, [f.place for f in here if isinstance(f.place, AtMatrix)]
+            self.served.add(stop)
+            for forward in here:
+                forward.resume()
+
+    def _replayed(self) -> Iterator[tuple[int, list[AtMatrix]]]:
+        calls = [f.place for f in self.forwards if isinstance(f.place, AtBlock)]
+        while len(self.served) < len(self.stops):
+            reached = [place for call in calls if isinstance(place := self._run_to_stop(call), AtMatrix)]
+            if not reached:
+                break
+            stop = min(place.group for place in reached)
+            reached = [place for place in reached if place.group == stop]
+            yield stop, reached
+            self.served.add(stop)
+        for forward in self.forwards:
+            forward.resume()
+
+    def _run_to_stop(self, call: AtBlock) -> Place | None:
+        """Runs a copy of the block's call to its first unserved stop. Blocks may write into their arguments."""
+        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in call.args)
+        return SuspendedForward(lambda: type(self.block).forward(self.block, *args, **call.kwargs)).resume()
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        hooks = []
+        for number, stop in enumerate(self.stops):
+            hooks += [reader.register_forward_pre_hook(self._on_matrix(number)) for reader in stop.readers]
+            if stop.norm is not None:
+                hooks.append(stop.norm.register_forward_pre_hook(self._on_norm(number)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._norm_inputs.clear()
+
+    def _on_norm(self, number: int) -> Callable[..., None]:
+        def remember(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if number not in self.served:
+                self._norm_inputs[id(greenlet.getcurrent()), number] = args[0]
+
+        return remember
+
+    def _on_matrix(self, number: int) -> Callable[..., Any]:
+        def wait_then_round(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if number not in self.served:
+                suspend(AtMatrix(number, args[0], self._norm_inputs.pop((id(greenlet.getcurrent()), number), None)))
+            rounding = self.rounding.get(number)
+            return None if rounding is None else (rounding(args[0]), *args[1:])
+
+        return wait_then_round
