@@ -187,7 +187,9 @@ class QuantGrid:
             best_error = torch.where(better, error, best_error)
             best = Levels(
                 torch.where(better, trial.scale, best.scale),
-                None if trial.zero_point is None else torch.where(better, trial.zero_point, best.zero_point),
+                None
+                if trial.zero_point is None or best.zero_point is None
+                else torch.where(better, trial.zero_point, best.zero_point),
             )
         return best
 
@@ -246,7 +248,11 @@ def _parse_words(text: str, where: str) -> dict[str, object]:
             f"'{text}' is no grid", where, "write int8, int4-g128, or {bits: 6, group: channel, symmetric: true}"
         )
     fields: dict[str, object] = {"bits": int(head[3:])}
-    meanings = {"asym": ("symmetric", False), "sym": ("symmetric", True), "static": ("dynamic", False)}
+    meanings: dict[str, tuple[str, object]] = {
+        "asym": ("symmetric", False),
+        "sym": ("symmetric", True),
+        "static": ("dynamic", False),
+    }
     meanings |= {"dynamic": ("dynamic", True), "mse": ("observer", "mse")}
     meanings |= {name: ("group", name) for name in GROUPINGS}
     for word in words:

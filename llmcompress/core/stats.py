@@ -141,11 +141,12 @@ def add_gram(total: Tensor, x: Tensor, exact_in_bf16: bool = False) -> None:
     bfloat16 units may do them: twice the speed, the same sums.
     """
     if exact_in_bf16 and x.device.type == "cpu":
-        before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time, unknown to checkers
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
         try:
             total.addmm_(x.T, x)
         finally:
-            torch.backends.mkldnn.matmul.fp32_precision = before
+            matmul.fp32_precision = before
     else:
         total.addmm_(x.T, x)
