@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -51,9 +50,9 @@ NEVER_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack
 
 
 class CheckpointWriter:
-    """Writes one checkpoint folder; use as a context manager and call ``finish`` last.
+    """Writes one checkpoint folder; use as a context manager and call ``finish`` (or ``seal``, ``publish``) last.
 
-    Leaving the context without ``finish``, or by an exception, removes everything that was written.
+    Leaving the context before, or by an exception, removes everything that was written.
 
     Args:
         output: final name of the folder.
@@ -72,6 +71,7 @@ class CheckpointWriter:
         self._digests: list[str] = []
         self._names: set[str] = set()
         self._made_parents: list[Path] = []
+        self._sealed = False
 
     def __enter__(self) -> CheckpointWriter:
         check_output(self.output, self.force, self.source)
@@ -82,9 +82,7 @@ class CheckpointWriter:
         self.partial.mkdir()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self.partial.exists():
             return
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -109,8 +107,10 @@ class CheckpointWriter:
         """Writes ``tensors`` at once as one shard (several if too large); keeps none of them.
 
         Raises:
-            ValueError: a name was added before.
+            ValueError: a name was added before, or the folder is sealed.
         """
+        if self._sealed:
+            raise ValueError("the folder is sealed")
         repeated = sorted(self._names & tensors.keys())
         if repeated:
             raise ValueError(f"tensor {repeated[0]} was already written")
@@ -123,32 +123,49 @@ class CheckpointWriter:
             self._names.update(names)
             self.total_bytes += sum(tensors[name].nbytes for name in names)
 
-    def finish(
+    def seal(
         self, files: Mapping[str, str | bytes], copy_from: Path | None = None, copy: Iterable[str] = COMPANIONS
     ) -> None:
-        """Completes the folder and gives it its final name.
+        """Completes the folder under its hidden name ``partial``, where it can be read like any checkpoint.
 
         Args:
-            files: contents by file name (config.json, report.json, …); they win over copied ones.
+            files: contents by file name (config.json, recipe.yaml, …); they win over copied ones.
             copy_from: folder of the input model.
             copy: patterns of the files to copy from there.
-
-        Raises:
-            UserError: an output appeared meanwhile that may not be replaced.
         """
         for source in _matching(copy_from, copy) if copy_from else ():
             target = self.partial / source.relative_to(copy_from or "")
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)
             _sync(target)
-        for name, content in files.items():
-            self._write(name, content)
         for i, name in enumerate(self.shard_names):
             (self.partial / _temporary(i)).rename(self.partial / name)
+        self._sealed = True
         if len(self._shards) > 1:
             self._write("model.safetensors.index.json", self._index())
+        for name, content in files.items():
+            self._write(name, content)
+
+    def publish(self, files: Mapping[str, str | bytes] | None = None) -> None:
+        """Adds ``files`` (what could be known only after ``seal``, as a report) and gives the folder its final name.
+
+        Raises:
+            UserError: an output appeared meanwhile that may not be replaced.
+        """
+        if not self._sealed:
+            raise ValueError("publish follows seal")
+        for name, content in (files or {}).items():
+            self._write(name, content)
         _sync(self.partial)
-        self._publish()
+        check_output(self.output, self.force, self.source)
+        self._replace()
+
+    def finish(
+        self, files: Mapping[str, str | bytes], copy_from: Path | None = None, copy: Iterable[str] = COMPANIONS
+    ) -> None:
+        """``seal`` and ``publish`` at once."""
+        self.seal(files, copy_from, copy)
+        self.publish()
 
     def _write(self, name: str, content: str | bytes) -> None:
         path = self.partial / name
@@ -160,9 +177,8 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}
         return json.dumps(index, indent=2) + "\n"
 
-    def _publish(self) -> None:
+    def _replace(self) -> None:
         """Renames the old folder away, the new one in, and only then deletes the old one."""
-        check_output(self.output, self.force, self.source)
         old = self.output.parent / f".{self.output.name}.replaced-{os.getpid()}"
         replacing = self.output.exists()
         if replacing:

@@ -17,6 +17,7 @@ be quantized in this format (``unsupported``); other modules are to be stored wi
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,9 +140,7 @@ def name_patterns(names: Iterable[str], all_names: Iterable[str]) -> list[str]:
     open where that takes in no other name, plain names elsewhere."""
     wanted = list(dict.fromkeys(names))
     others = {_family(name) for name in set(all_names) - set(wanted)}
-    sizes: dict[str, int] = {}
-    for name in wanted:
-        sizes[_family(name)] = sizes.get(_family(name), 0) + 1
+    sizes = Counter(_family(name) for name in wanted)
     described = {
         name: f"re:{_family(name)}$" if _family(name) not in others and sizes[_family(name)] > 1 else name
         for name in wanted
@@ -188,8 +187,7 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         codes = torch.cat(parts)
     else:
         codes = tensors["weight"]
-    levels = _unpack_levels("weight", tensors)
-    return QuantizedWeight(codes, levels, scheme.weights)
+    return QuantizedWeight(codes, _unpack_levels("weight", tensors), scheme.weights)
 
 
 def unpack_activations(tensors: Mapping[str, Tensor]) -> Levels | None:

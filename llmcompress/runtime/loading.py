@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.errors import UserError
@@ -32,7 +33,7 @@ def load(
     """
     folder = Path(folder)
     check_checkpoint(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype), local_files_only=True)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype), local_files_only=True)
     return model.to(device).eval()
 
 

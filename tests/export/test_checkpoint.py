@@ -135,6 +135,20 @@ def test_leaving_without_finish_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sealed_folder_is_readable_but_hidden_until_published(tmp_path, tiny_model):
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add(tiny_model.state_dict())
+        with pytest.raises(ValueError, match="follows seal"):
+            writer.publish()
+        writer.seal({"config.json": tiny_model.config.to_json_string()})
+        with pytest.raises(ValueError, match="sealed"):
+            writer.add({"late": torch.zeros(1)})
+        assert torch.equal(load(writer.partial).lm_head.weight, tiny_model.lm_head.weight)
+        assert not (tmp_path / "out").exists()
+        writer.publish({"report.json": "{}"})
+    assert sorted(contents(tmp_path / "out")) == ["config.json", "model.safetensors", "report.json"]
+
+
 def test_force_replaces_only_at_the_end(tmp_path):
     write(tmp_path / "out", value=1.0)
     before = contents(tmp_path / "out")
