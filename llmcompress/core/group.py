@@ -26,6 +26,9 @@ class Matrix:
         scale_dtype: dtype in which quantization scales will be stored.
         keep: (out, in) bool, False where a stage decided on a zero; None while dense.
         quantized: codes and scales once a quantize stage has run.
+        aim: (out, in) what error compensation aims at, in the present smoothing: the weights before the first prune
+            stage, or what a stage found to be better; None for the weight itself.
+        aims_at_dense: ``aim`` already allows for inputs that differ from the dense model's.
     """
 
     name: str
@@ -33,6 +36,8 @@ class Matrix:
     scale_dtype: torch.dtype = torch.float32
     keep: Tensor | None = None
     quantized: QuantizedWeight | None = None
+    aim: Tensor | None = None
+    aims_at_dense: bool = False
 
     @property
     def columns(self) -> int:
@@ -41,6 +46,7 @@ class Matrix:
 
     def prune(self, keep: Tensor) -> None:
         """Zeroes where ``keep`` (out, in) is False. What an earlier stage dropped stays dropped."""
+        self.aim = self.weight if self.aim is None else self.aim
         self.keep = keep if self.keep is None else self.keep & keep
         self.weight = torch.where(self.keep, self.weight, 0.0)
 
@@ -98,6 +104,7 @@ class MatrixGroup:
         s = self.snap(before * s) / before
         for matrix in (*self.matrices, *self.bystanders):
             matrix.weight = matrix.weight * s
+            matrix.aim = None if matrix.aim is None else matrix.aim * s
         stats.rescale(s)
         self.smoothing = before * s
 
@@ -131,6 +138,10 @@ class Method:
         """Why a matrix with ``columns`` inputs cannot take this step; empty if it can."""
         return ""
 
+    def join(self, following: Method) -> Method | None:
+        """One step that does this and the ``following`` one together, better than in turn; None if there is none."""
+        return None
+
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         """Changes the group; returns the statistics the next step reads (usually the same).
 
@@ -143,7 +154,19 @@ class Method:
 
 
 def run_methods(methods: tuple[Method, ...], group: MatrixGroup, stats: InputStats) -> InputStats:
-    """Applies the methods in order and returns the statistics as the last of them left them."""
+    """Applies the methods in order, joined where they can be; returns the statistics as the last of them left them."""
+    methods = _joined(methods)
     for i, method in enumerate(methods):
         stats = method.apply(group, stats, methods[i + 1 :])
     return stats
+
+
+def _joined(methods: tuple[Method, ...]) -> tuple[Method, ...]:
+    joined: list[Method] = []
+    for method in methods:
+        both = joined[-1].join(method) if joined else None
+        if both is None:
+            joined.append(method)
+        else:
+            joined[-1] = both
+    return tuple(joined)

@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
+from scipy.linalg.blas import ssyrk
 from torch import Tensor
 
 #: what a method may ask for
-KINDS = frozenset({"absmax", "low", "high", "mean", "mean_abs", "squares", "gram", "rows"})
+KINDS = frozenset({"absmax", "low", "high", "mean", "mean_abs", "squares", "gram", "cross", "rows"})
 
 
 class InputStats:
@@ -21,7 +22,8 @@ class InputStats:
         clip: rows were clamped to [-clip, clip] before they were counted; infinity if not.
         scale: (in,) what `rescale` divided the rows by so far; None if nothing.
         sums: per kind asked for, ``absmax``, ``low``, ``high`` (in,), ``mean`` Σx (in,), ``mean_abs`` Σ|x| (in,),
-            ``squares`` Σx² (in,), ``gram`` XᵀX (in, in). Read them through the properties.
+            ``squares`` Σx² (in,), ``gram`` XᵀX (in, in; only its upper triangle is
+            kept up), ``cross`` X̄ᵀX (in, in) with X̄ the dense model's rows for the same tokens. Read them through the properties.
         rows: the raw row tensors themselves, (tokens, in) each, if ``rows`` was asked for; see `iter_rows`.
     """
 
@@ -36,12 +38,21 @@ class InputStats:
         self.scale: Tensor | None = None
         self.rows: list[Tensor] = []
         self.sums = {
-            kind: torch.zeros((width, width) if kind == "gram" else width, device=device)
+            kind: torch.zeros((width, width) if kind in ("gram", "cross") else width, device=device)
             for kind in sorted(self.needs - {"rows"})
         }
 
-    def update(self, x: Tensor) -> None:
-        """Adds rows ``x``, (tokens, in), any float dtype."""
+    def update(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Adds rows ``x``, (tokens, in), any float dtype.
+
+        Args:
+            dense: the same tokens' rows in the dense model, (tokens, in); needed for ``cross`` alone.
+
+        Raises:
+            ValueError: ``cross`` was asked for and there are no dense rows.
+        """
+        if "cross" in self.needs and dense is None:
+            raise ValueError("cross statistics need the dense model's rows")
         self.count += x.shape[0]
         if "rows" in self.needs:
             self.rows.append(x)
@@ -63,8 +74,10 @@ class InputStats:
                 total += x32.abs().sum(0)
             elif kind == "squares":
                 total += torch.linalg.vector_norm(x32, dim=0).square_()
-            else:
-                add_gram(total, x32, exact_in_bf16=x.dtype == torch.bfloat16 and self.clip == math.inf)
+            elif kind == "gram":
+                add_gram(total, x32)
+            elif dense is not None:
+                total.addmm_(dense.to(x32).T, x32)
 
     def merge(self, other: InputStats) -> None:
         """Adds the statistics of other rows over the same inputs."""
@@ -84,7 +97,7 @@ class InputStats:
         for kind, total in self.sums.items():
             if kind == "squares":
                 total /= s.square()
-            elif kind == "gram":
+            elif kind in ("gram", "cross"):
                 total.div_(s).div_(s[:, None])
             else:
                 total /= s
@@ -130,23 +143,33 @@ class InputStats:
 
     @property
     def gram(self) -> Tensor:
-        """(in, in) H = XᵀX / tokens."""
-        return self.sums["gram"] / max(self.count, 1)
+        """(in, in) H = XᵀX / tokens, a new tensor."""
+        return mirror(self.sums["gram"] / max(self.count, 1))
+
+    @property
+    def cross(self) -> Tensor:
+        """(in, in) C = X̄ᵀX / tokens, X̄ the dense model's rows, a new tensor."""
+        return self.sums["cross"] / max(self.count, 1)
 
 
-def add_gram(total: Tensor, x: Tensor, exact_in_bf16: bool = False) -> None:
-    """``total += xᵀx`` for float32 ``x`` (tokens, in).
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """``total += xᵀx`` for float32 ``x`` (tokens, in) and contiguous ``total``, of which only the upper triangle counts.
 
-    Where every value of ``x`` is a bfloat16 number the products are exact in float32, so the CPU's
-    bfloat16 units may do them: twice the speed, the same sums.
+    On a CPU that is BLAS's symmetric rank-k update: half the work of a matrix product, in full float32.
     """
-    if exact_in_bf16 and x.device.type == "cpu":
-        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time, unknown to checkers
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "bf16"
-        try:
-            total.addmm_(x.T, x)
-        finally:
-            matmul.fp32_precision = before
-    else:
+    if x.device.type != "cpu":
         total.addmm_(x.T, x)
+        return
+    x = x.contiguous()
+    # row-major upper is column-major lower; the update happens inside of ``total``
+    ssyrk(1.0, x.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1, lower=1)
+
+
+def mirror(matrix: Tensor, block: int = 512) -> Tensor:
+    """Copies the upper triangle of a square ``matrix`` over the lower one, in place, and returns it."""
+    for i in range(0, len(matrix), block):
+        rows = slice(i, i + block)
+        matrix[i + block :, rows] = matrix[rows, i + block :].T
+        corner = matrix[rows, rows].triu()
+        matrix[rows, rows] = corner + corner.triu(1).T
+    return matrix
