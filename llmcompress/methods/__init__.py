@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmcompress.core.group import Method
+from llmcompress.methods.jsq import JSQ
 from llmcompress.methods.magnitude import Magnitude
 from llmcompress.methods.rtn import RTN
 from llmcompress.methods.smoothquant import SmoothQuant
@@ -12,6 +13,7 @@ from llmcompress.methods.wanda import Wanda
 METHODS: dict[str, type[Method]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
+    "jsq": JSQ,
     "smoothquant": SmoothQuant,
     "rtn": RTN,
 }
