@@ -8,7 +8,9 @@
 #   make setup TORCH_ARGS="--index-url …"
 
 VENV ?= .venv
-PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3,$(shell command -v $(p))))
+# the first that runs and is new enough; the pins of constraints.txt were made with 3.11
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 TORCH_ARGS ?=
 ARGS ?=
 
@@ -22,6 +24,7 @@ setup: $(STAMP)
 
 # torch comes first and by itself: what follows then keeps it, whichever version and build it is.
 $(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "no Python 3.10 or newer found; say where: make PYTHON=…"; exit 2; }
 	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "installing torch"; $(PIP) -c constraints.txt $(TORCH_ARGS) torch; }
 	@echo "installing llmcompress and what it needs, pinned by constraints.txt (some minutes the first time)"
