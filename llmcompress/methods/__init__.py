@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from llmcompress.core.group import Method
+from llmcompress.methods.awq import AWQ
+from llmcompress.methods.clip import Clip
+from llmcompress.methods.gptq import GPTQ
 from llmcompress.methods.jsq import JSQ
 from llmcompress.methods.magnitude import Magnitude
 from llmcompress.methods.rtn import RTN
 from llmcompress.methods.smoothquant import SmoothQuant
+from llmcompress.methods.sparsegpt import SparseGPT
 from llmcompress.methods.wanda import Wanda
 
 #: name in a recipe → class
 METHODS: dict[str, type[Method]] = {
+    "clip": Clip,
     "magnitude": Magnitude,
     "wanda": Wanda,
     "jsq": JSQ,
+    "sparsegpt": SparseGPT,
     "smoothquant": SmoothQuant,
+    "awq": AWQ,
     "rtn": RTN,
+    "gptq": GPTQ,
 }
 
 #: method of a stage that names none
