@@ -23,7 +23,8 @@ class InputStats:
         scale: (in,) what `rescale` divided the rows by so far; None if nothing.
         sums: per kind asked for, ``absmax``, ``low``, ``high`` (in,), ``mean`` Σx (in,), ``mean_abs`` Σ|x| (in,),
             ``squares`` Σx² (in,), ``gram`` XᵀX (in, in; only its upper triangle is
-            kept up), ``cross`` X̄ᵀX (in, in) with X̄ the dense model's rows for the same tokens. Read them through the properties.
+            kept up), ``cross`` X̄ᵀX (in, in) with X̄ the dense model's rows for the same tokens.
+            Read them through the properties.
         rows: the raw row tensors themselves, (tokens, in) each, if ``rows`` was asked for; see `iter_rows`.
     """
 
@@ -153,7 +154,7 @@ class InputStats:
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """``total += xᵀx`` for float32 ``x`` (tokens, in) and contiguous ``total``, of which only the upper triangle counts.
+    """``total += xᵀx`` for float32 ``x`` (tokens, in); only the upper triangle of ``total`` counts.
 
     On a CPU that is BLAS's symmetric rank-k update: half the work of a matrix product, in full float32.
     """

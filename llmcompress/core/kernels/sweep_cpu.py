@@ -8,8 +8,8 @@ for the same cache lines."""
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange, set_num_threads
 from numba import config as numba_config
+from numba import njit, prange, set_num_threads
 
 #: rows per task; a multiple of the widest vector register
 TILE = 128

@@ -1,0 +1,89 @@
+"""SparseGPT (Frantar & Alistarh, 2023, arXiv:2301.00774): drop the weights with the smallest w² / [H⁻¹]_kk of those
+left, column by column, later columns absorbing the errors.
+
+Departures: one Cholesky factorisation instead of three (see `llmcompress.core.sweep`); mask counts are exact. Optional:
+aiming at the dense model's outputs, a least-squares refit of what is kept, and moving zeros to better places
+(see `llmcompress.core.compensate`). Followed by GPTQ, both become one sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmcompress.core.compensate import LeastSquares
+from llmcompress.core.group import Matrix, MatrixGroup, Method
+from llmcompress.core.sparsity import Sparsity
+from llmcompress.core.stats import InputStats
+from llmcompress.core.sweep import sweep
+from llmcompress.core.targets import Mask
+from llmcompress.errors import UserError
+from llmcompress.methods.curvature import Curvature
+from llmcompress.methods.gptq import GPTQ
+from llmcompress.methods.sparsegpt_gptq import SparseGPTQ
+
+
+@dataclass(frozen=True)
+class SparseGPT(Method):
+    """Drops weights with error compensation.
+
+    Attributes:
+        sparsity: a ratio over 128 columns of all rows, or N:M.
+        refit: solve for the kept weights by least squares after the sweep.
+        grow: rounds in which 2 % of each row's zeros move to better places; needs ``refit``.
+        damping: added to H's diagonal, as a multiple of its mean.
+        target: whose outputs to meet: those of the weights on the compressed model's own inputs, or the dense model's.
+        precision: of the factorisation.
+    """
+
+    sparsity: Sparsity
+    refit: bool = False
+    grow: int = 0
+    damping: float = 0.01
+    target: Literal["compressed", "dense"] = "compressed"
+    precision: Literal["float32", "float64"] = "float32"
+
+    stage = "prune"
+
+    def __post_init__(self) -> None:
+        if self.grow and not self.refit:
+            raise UserError("zeros move by the residual of a refit", "prune.grow", "set refit: true")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """The Gram matrix; for the dense target the cross-Gram too."""
+        return frozenset({"gram", "cross"} if self.target == "dense" else {"gram"})
+
+    def misfit(self, columns: int) -> str:
+        return self.sparsity.misfit(columns)
+
+    def join(self, following: Method) -> Method | None:
+        """One sweep that prunes and rounds, if both steps solve the same problem."""
+        if not isinstance(following, GPTQ) or self.refit or (following.act_order and self.sparsity.m):
+            return None
+        same = (self.damping, self.target, self.precision)
+        return SparseGPTQ(self.sparsity, following) if _problem(following) == same else None
+
+    def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
+        curvature = Curvature.of(group, stats, stats.gram, self.damping, self.target, self.precision)
+        for matrix in group:
+            W = curvature.aim(matrix)
+            mask = Mask(self.sparsity, curvature.factor.V.diagonal(), len(W))
+            values = sweep(W, curvature.factor, mask)
+            matrix.prune(mask.keep)
+            matrix.weight = values.masked_fill(~matrix.keep, 0.0)
+            if self.refit:
+                self._refit(matrix, LeastSquares(W, curvature.H, curvature.factor.ridge))
+        return stats
+
+    def _refit(self, matrix: Matrix, problem: LeastSquares) -> None:
+        """Least squares on the mask, which then is what a later quantizer aims at."""
+        assert matrix.keep is not None
+        keep = matrix.keep
+        values, loss = problem.refit(keep, matrix.weight)
+        for _ in range(self.grow):
+            keep, values, loss = problem.drop_and_grow(keep, values, loss, self.sparsity.m)
+        matrix.keep, matrix.weight, matrix.aim = keep, values, values
+
+
+def _problem(method: GPTQ) -> tuple[float, str, str]:
+    return method.damping, method.target, method.precision
