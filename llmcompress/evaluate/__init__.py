@@ -1,0 +1,1 @@
+"""What a compressed model is still worth."""
