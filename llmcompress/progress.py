@@ -8,115 +8,120 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
-
-from llmcompress.report import BlockReport
 
 Advance = Callable[[int], None]
 
 
 class Progress:
-    """Where progress is shown.
+    """Told of phases, blocks and matrices as they come; decides how to show them.
+
+    Used as a context manager, so that the bar is closed when a run fails.
 
     Args:
-        stream: standard error if None.
+        total_blocks: how many blocks will come; may be set later, before the first of them.
+        stream: where to write; standard error if None.
+        silent: show nothing, for ``--json``.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream: TextIO | None = sys.stderr if stream is None else stream
+    def __init__(self, total_blocks: int = 0, stream: TextIO | None = None, silent: bool = False) -> None:
+        self.total_blocks = total_blocks
+        self._stream = sys.stderr if stream is None else stream
+        self._silent = silent
+        self._terminal = not silent and self._stream.isatty()
+        self._bar: tqdm | None = None
+        self._done = 0
+        self._started = self._block_started = 0.0
+        self._block = ""
+        self._worst: tuple[str, float] | None = None
 
-    @classmethod
-    def silent(cls) -> Progress:
-        """One that shows nothing."""
-        progress = cls()
-        progress._stream = None
-        return progress
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close_bar()
 
     @contextmanager
-    def phase(self, name: str, total: int | None = None, unit: str = "steps") -> Iterator[Advance]:
+    def phase(self, name: str, total: int | None = None, unit: str = "step") -> Iterator[Advance]:
         """Shows a phase beside the blocks, such as sampling or evaluating.
 
         Args:
-            name: e.g. ``sampling calibration``.
+            name: e.g. ``sampling the model``.
             total: steps in it, None if unknown.
             unit: what a step is.
 
         Yields:
             A function to call with the number of steps done since its last call.
         """
+        self._close_bar()
         began = time.perf_counter()
-        with self._bar(total, unit, name) as bar:
-            yield lambda steps: _advance(bar, steps)
+        if self._terminal:
+            with tqdm(total=total, desc=name, unit=unit, file=self._stream, leave=False, dynamic_ncols=True) as bar:
+                yield lambda steps: _advance(bar, steps)
+        else:
+            yield lambda steps: None
         self._line(f"{name}: {_seconds(time.perf_counter() - began)}")
 
-    @contextmanager
-    def blocks(self, total: int) -> Iterator[BlockProgress]:
-        """Shows the walk over ``total`` blocks."""
-        with self._bar(total, "block", "") as bar:
-            yield BlockProgress(total, bar, self._line)
-
-    @contextmanager
-    def _bar(self, total: int | None, unit: str, name: str) -> Iterator[tqdm | None]:
-        """A bar on a terminal; None elsewhere. It is closed however the block is left."""
-        if self._stream is None or not self._stream.isatty():
-            yield None
-            return
-        with tqdm(total=total, desc=name, unit=unit, file=self._stream, leave=False, dynamic_ncols=True) as bar:
-            yield bar
-
-    def _line(self, text: str) -> None:
-        if self._stream is not None:
-            print(text, file=self._stream, flush=True)
-
-
-class BlockProgress:
-    """Told of matrices and blocks as they are finished.
-
-    Args:
-        total: number of blocks.
-        bar: to draw on; None to write a line per block.
-        line: writes one.
-    """
-
-    def __init__(self, total: int, bar: tqdm | None, line: Callable[[str], None]) -> None:
-        self._total, self._bar, self._line = total, bar, line
-        self._done, self._began = 0, time.perf_counter()
+    def begin_block(self, name: str) -> None:
+        """Enters a block, e.g. ``model.layers.3``."""
+        self._block_started = time.perf_counter()
+        self._block, self._worst = name, None
+        if self._done == 0:
+            self._started = self._block_started
+        if self._terminal and self._bar is None:
+            self._bar = tqdm(
+                total=self.total_blocks, initial=self._done, unit="block", file=self._stream, dynamic_ncols=True
+            )
+        if self._bar is not None:
+            self._bar.set_description_str(_short(name))
 
     def matrix(self, name: str, relative_error: float | None) -> None:
-        """Tells of a finished matrix, by its dotted name, and of its relative error if that is known."""
-        if self._bar is None:
-            return
-        block, matrix = _split(name)
-        self._bar.set_description_str(block, refresh=False)
-        self._bar.set_postfix_str(matrix if relative_error is None else f"{matrix} error {relative_error:.1e}")
+        """Tells of a finished matrix of the block, by its dotted name, and of its relative error if that is known."""
+        name = name.removeprefix(self._block + ".")
+        if relative_error is not None and (self._worst is None or not relative_error <= self._worst[1]):
+            self._worst = name, relative_error
+        if self._bar is not None:
+            self._bar.set_postfix_str(name if relative_error is None else f"{name} error {relative_error:.1e}")
 
-    def block(self, report: BlockReport) -> None:
-        """Tells of a finished block."""
+    def end_block(self, zeros: float) -> None:
+        """Leaves the block. ``zeros`` is the share of zeros in its compressed matrices."""
+        now = time.perf_counter()
         self._done += 1
         if self._bar is not None:
             self._bar.update()
+            if self._done >= self.total_blocks:
+                self._close_bar()
             return
-        left = (time.perf_counter() - self._began) / self._done * max(0, self._total - self._done)
-        errors = {m.name: m.relative_error for m in report.matrices if m.relative_error is not None}
-        parts = [f"block {self._done}/{self._total} {_split(report.name)[0]}: {_seconds(report.seconds)}"]
-        if errors:
-            worst = max(errors, key=lambda name: errors[name])
-            parts.append(f"worst {worst.removeprefix(report.name + '.')} error {errors[worst]:.1e}")
-        parts.append(f"{report.sparsity:.1%} zeros")
-        self._line(", ".join([*parts, f"remaining {_seconds(left)}"]))
+        left = (now - self._started) / self._done * max(0, self.total_blocks - self._done)
+        worst = f"worst {self._worst[0]} error {self._worst[1]:.1e}, " if self._worst else ""
+        self._line(
+            f"block {self._done}/{self.total_blocks} {_short(self._block)}: {_seconds(now - self._block_started)}, "
+            f"{worst}{zeros:.1%} zeros, remaining {_seconds(left)}"
+        )
+
+    def _line(self, text: str) -> None:
+        if not self._silent:
+            print(text, file=self._stream, flush=True)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
-def _advance(bar: tqdm | None, steps: int) -> None:
-    if bar is not None:
-        bar.update(steps)
+def _advance(bar: tqdm, steps: int) -> None:
+    bar.update(steps)
 
 
-def _split(name: str) -> tuple[str, str]:
-    """``layers.3`` and ``mlp.down_proj`` of ``model.layers.3.mlp.down_proj``: cut after the first number."""
-    found = re.match(r"(?:.*?\.)?([^.]+\.\d+)(?:\.(.*))?$", name)
-    return (found[1], found[2] or "") if found else (name, name)
+def _short(block: str) -> str:
+    """The end of a block's name: ``layers.3`` of ``model.layers.3``."""
+    found = re.search(r"[^.]+\.\d+$", block)
+    return found[0] if found else block
 
 
 def _seconds(value: float) -> str:

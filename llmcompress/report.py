@@ -59,13 +59,30 @@ class MatrixReport:
 
 
 @dataclass
+class GroupReport:
+    """Matrices that read one tensor.
+
+    Attributes:
+        name: of the first matrix.
+        folded: whether smoothing was folded into the producing norm; None if no stage smooths.
+        fold_refusal: why it was not.
+        figures: a method's numbers: clip ratio, damping, α.
+    """
+
+    name: str
+    folded: bool | None = None
+    fold_refusal: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class BlockReport:
-    """One decoder block; ``groups`` holds a mapping of name and figures (clip ratio, damping …) per input group."""
+    """One decoder block."""
 
     name: str
     seconds: float = 0.0
     matrices: list[MatrixReport] = field(default_factory=list)
-    groups: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[GroupReport] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -266,7 +283,8 @@ def versions() -> dict[str, str]:
 
 def _read_block(content: dict[str, Any]) -> BlockReport:
     matrices = [MatrixReport(**{**m, "shape": tuple(m["shape"])}) for m in content["matrices"]]
-    return BlockReport(**{**content, "matrices": matrices})
+    groups = [GroupReport(**group) for group in content["groups"]]
+    return BlockReport(**{**content, "matrices": matrices, "groups": groups})
 
 
 def _weighted_mean(matrices: list[MatrixReport], attribute: str) -> float | None:
