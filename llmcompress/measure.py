@@ -1,0 +1,79 @@
+"""What a run costs: seconds by phase, the highest memory, and the versions its numbers hang on."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "safetensors", "numba", "numpy", "scipy")
+
+
+class Phases:
+    """Wall clock by phase. A phase inside another interrupts it, so that no second is counted twice."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = self._switched = time.perf_counter()
+        self._open: list[str] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Counts the time until the block is left as ``name``."""
+        self._switch()
+        self._open.append(name)
+        self.seconds.setdefault(name, 0.0)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    @property
+    def total(self) -> float:
+        """Seconds since this was made, in a phase or not."""
+        return time.perf_counter() - self._began
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._switched
+        self._switched = now
+
+
+def peak_memory_bytes(device: str = "cpu") -> int | None:
+    """The highest memory so far: of the process's pages (CPU), or of the tensors on a CUDA device.
+
+    None where the system does not tell.
+    """
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would also remember the process that started this one
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
