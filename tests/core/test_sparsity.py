@@ -1,0 +1,94 @@
+"""Laws of the masks: counts are exact, ties included, and the right weights go."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmcompress.core.sparsity import Sparsity
+from llmcompress.errors import UserError
+
+
+def scores(kind: str, rows: int, columns: int, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    if kind == "constant":
+        return torch.full((rows, columns), 0.25)
+    if kind == "ties":
+        return torch.randint(0, 3, (rows, columns), generator=g).float()
+    return torch.randn(rows, columns, generator=g)
+
+
+KIND = st.sampled_from(("normal", "ties", "constant"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=KIND, rows=st.integers(1, 9), columns=st.integers(1, 70), ratio=st.floats(0, 0.99), seed=st.integers(0, 999)
+)
+def test_ratio_drops_exactly_its_share_of_every_row(
+    kind: str, rows: int, columns: int, ratio: float, seed: int
+) -> None:
+    score = scores(kind, rows, columns, seed)
+    keep = Sparsity(ratio).keep_mask(score)
+    assert ((~keep).sum(1) == round(ratio * columns)).all()
+    for row, kept in zip(score, keep, strict=True):
+        if kept.any() and not kept.all():
+            assert row[kept].min() >= row[~kept].max()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=KIND,
+    pattern=st.sampled_from(["1:2", "2:4", "1:4", "3:4", "4:8", "5:8", "2:3"]),
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 8),
+    seed=st.integers(0, 999),
+)
+def test_n_of_m_keeps_the_best_subset_of_every_group_by_brute_force(
+    kind: str, pattern: str, rows: int, groups: int, seed: int
+) -> None:
+    sparsity = Sparsity.parse(pattern)
+    score = scores(kind, rows, groups * sparsity.m, seed)
+    keep = sparsity.keep_mask(score)
+    for values, kept in zip(score.view(-1, sparsity.m), keep.view(-1, sparsity.m), strict=True):
+        assert int(kept.sum()) == sparsity.n
+        best = max(sum(values[list(chosen)].tolist()) for chosen in combinations(range(sparsity.m), sparsity.n))
+        assert float(values[kept].sum()) == pytest.approx(best, abs=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(kind=KIND, rows=st.integers(1, 9), columns=st.integers(1, 40), ratio=st.floats(0, 0.99))
+def test_joint_mask_drops_the_lowest_of_the_whole_matrix(kind: str, rows: int, columns: int, ratio: float) -> None:
+    score = scores(kind, rows, columns, 3)
+    keep = Sparsity(ratio).keep_mask_jointly(score)
+    assert int((~keep).sum()) == round(ratio * rows * columns)
+    if keep.any() and not keep.all():
+        assert score[keep].min() >= score[~keep].max()
+
+
+@given(ratio=st.floats(0, 0.99), count=st.integers(0, 10_000))
+def test_zeros_of_a_ratio_is_rounded_to_nearest(ratio: float, count: int) -> None:
+    assert abs(Sparsity(ratio).zeros_of(count) - ratio * count) <= 0.5
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "0.5", "0", "0.4375", "0.999999"])
+def test_sparsity_reads_back_as_written(text: str) -> None:
+    assert str(Sparsity.parse(text)) == text
+    assert Sparsity.parse(str(Sparsity.parse(text))) == Sparsity.parse(text)
+
+
+@pytest.mark.parametrize("text", ["5:4", "4:4", "0:4", "1", "1.5", "-0.1", "half", "", "nan", "2:4:8", None])
+def test_impossible_sparsity_is_refused_in_one_line(text: str | None) -> None:
+    with pytest.raises(UserError) as caught:
+        Sparsity.parse(text)
+    assert "\n" not in str(caught.value) and "write" in str(caught.value)
+
+
+def test_pattern_that_does_not_divide_the_width_is_a_misfit() -> None:
+    assert "10" in Sparsity.parse("2:4").misfit(10)
+    assert not Sparsity.parse("2:4").misfit(12)
+    assert not Sparsity.parse("0.5").misfit(7)
