@@ -100,7 +100,7 @@ def compress(
         UserError: bad input; nothing has been written then.
     """
     options = options or Options()
-    run = _Run(model, recipe, options, overrides, progress or Progress.silent(), command)
+    run = _Run(model, recipe, options, overrides, progress or Progress(silent=True), command)
     return run.execute(run.check_target(output, force), force)
 
 
@@ -114,7 +114,7 @@ def plan(
     force: bool = False,
 ) -> Plan:
     """What `compress` would do with the same arguments: blocks, input groups, folds, memory, size. Writes nothing."""
-    run = _Run(model, recipe, options or Options(), overrides, Progress.silent(), "")
+    run = _Run(model, recipe, options or Options(), overrides, Progress(silent=True), "")
     run.check_target(output, force)
     return make_plan(run.open_dense(), run.recipe, run.options.samples, run.options.length)
 
@@ -126,7 +126,7 @@ def evaluate(
     options = options or Options()
     if text is not None:
         options = Options(**{**options.__dict__, "eval_text": str(text)})
-    run = _Run(reference, "rtn-w8a8", options, (), Progress.silent(), "")
+    run = _Run(reference, "rtn-w8a8", options, (), Progress(silent=True), "")
     tokens = run.draw_tokens(calibration=False)[1]
     assert tokens is not None
     dense = run.open_dense()
@@ -225,8 +225,8 @@ class _Run:
                 report.blocks.append(finished.report)
                 bar.block(finished.report)
         with self.phases("write"):
-            for name in dense.rest_sources():
-                writer.add(self.checkpoint.read([name]))
+            for names in self.checkpoint.in_chunks(dense.rest_sources()):
+                writer.add(self.checkpoint.read(names))
         report.warnings += walk.warnings + sorted({note for s in schemes.values() if (note := storage_note(s))})
         return schemes
 

@@ -66,7 +66,7 @@ def compress_command(arguments: Sequence[str]) -> int:
         run,
         overrides=options.set,
         force=options.force,
-        progress=Progress.silent() if options.json else Progress(),
+        progress=Progress(silent=options.json),
         command=shlex.join(["python", "-m", "llmcompress", *arguments]),
     )
     print(report.to_json() if options.json else report.table())

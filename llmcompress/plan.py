@@ -15,7 +15,7 @@ from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView, is_matrix
 from llmcompress.recipe import Recipe
 from llmcompress.suspend import gates
-from llmcompress.walk import PROBE_TOKENS, call_of, start_forwards
+from llmcompress.walk import PROBE_TOKENS
 
 #: interpreter, libraries and allocator slack, measured
 BASE_BYTES = 700 * 2**20
@@ -76,12 +76,12 @@ def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) 
     compressed = total = 0
     largest_block = widest = 0
     with gates([b.module for b in model.blocks]):
-        probe = start_forwards(
-            model, [torch.arange(PROBE_TOKENS)[None] % model.model.config.get_text_config().vocab_size]
+        probe = model.start_forwards(
+            [torch.arange(PROBE_TOKENS)[None] % model.model.config.get_text_config().vocab_size]
         )[0]
         for index in range(len(model.blocks)):
             block = model.load_block(index)
-            found = map_block(block, call_of(probe))
+            found = map_block(block, probe.call)
             probe.resume()
             model.release_block(index)
             plan.blocks[block.name] = [_planned(g, targeted) for g in found.groups]

@@ -24,7 +24,8 @@ from llmcompress.errors import UserError, nearest
 from llmcompress.methods import DEFAULT_METHOD, METHODS
 from llmcompress.resources import configs_dir
 
-_TOP_KEYS = ("description", "stages", "targets")
+_TOP_KEYS = ("description", "stages", "targets", "propagate")
+_PROPAGATE = ("compressed", "dense")
 _NO_RECIPES = {"models"}  # other tables that live beside the recipes
 
 
@@ -54,6 +55,8 @@ class Recipe:
         stages: in order.
         include, exclude: shell patterns over matrix names (``*.down_proj``); a matrix is compressed if one of
             ``include`` and none of ``exclude`` matches.
+        propagate: what the tokens go on through once a matrix is done: its ``compressed`` form, as it should be, or the
+            ``dense`` one, as some papers' code has it.
         description: one line.
     """
 
@@ -61,6 +64,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    propagate: str = "compressed"
     description: str = ""
 
     @staticmethod
@@ -101,8 +105,13 @@ class Recipe:
         _known(targets, ("include", "exclude"), f"{where}: targets")
         stages = [_read_stage(entry, where) for entry in tree["stages"]]
         targets = dict(targets)
+        run = {"propagate": tree.get("propagate", "compressed")}
         for override in overrides:
-            _override(override, stages, targets)
+            _override(override, stages, targets, run)
+        if run["propagate"] not in _PROPAGATE:
+            raise UserError(
+                f"unknown '{run['propagate']}'", f"{where}: propagate", nearest(str(run["propagate"]), _PROPAGATE)
+            )
         if not stages:
             raise UserError("no stages", where, f"add one of {', '.join(DEFAULT_METHOD)}")
         return Recipe(
@@ -110,6 +119,7 @@ class Recipe:
             tuple(_build_stage(kind, options, where) for kind, options in stages),
             _patterns(targets.get("include", ["*"]), where),
             _patterns(targets.get("exclude", []), where),
+            str(run["propagate"]),
             str(tree.get("description", "")),
         )
 
@@ -119,6 +129,7 @@ class Recipe:
             "description": self.description,
             "stages": [{s.kind: {"method": s.method_name, **s.options}} for s in self.stages],
             "targets": {"include": list(self.include), "exclude": list(self.exclude)},
+            "propagate": self.propagate,
         }
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
@@ -186,9 +197,15 @@ def _read_stage(entry: object, where: str) -> tuple[str, dict[str, object]]:
     return kind, dict(options or {})
 
 
-def _override(text: str, stages: list[tuple[str, dict[str, object]]], targets: dict[str, object]) -> None:
+def _override(
+    text: str, stages: list[tuple[str, dict[str, object]]], targets: dict[str, object], run: dict[str, object]
+) -> None:
+    """Applies one ``stage.key=value``, ``targets.key=value`` or ``propagate=value``."""
     path, equals, value = text.partition("=")
     kind, dot, key = path.strip().partition(".")
+    if equals and kind in run and not dot:
+        run[kind] = parse_value(value)
+        return
     if not equals or not dot or not key:
         raise UserError(f"'{text}' is not stage.key=value", "--set", "write e.g. --set prune.sparsity=0.6")
     parsed = parse_value(value)

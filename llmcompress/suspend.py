@@ -14,6 +14,8 @@ from typing import Any
 from greenlet import greenlet
 from torch import Tensor, nn
 
+from llmcompress.errors import UserError
+
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -61,6 +63,17 @@ class SuspendedForward:
     def done(self) -> bool:
         """Whether the forward has returned."""
         return bool(self._greenlet.dead)
+
+    @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the block call the forward waits at.
+
+        Raises:
+            UserError: it does not wait at a block.
+        """
+        if not isinstance(self.place, AtBlock):
+            raise UserError("its forward does not call its blocks one after the other", "model", "it is not supported")
+        return self.place.args, self.place.kwargs
 
     def resume(self) -> Place | None:
         """Runs to the next place and returns it; None when the forward has ended. Exceptions come through."""

@@ -2,28 +2,32 @@
 the next. At each group the recipe's steps decide about the matrices that read it; then the tokens go on through the
 compressed matrices, so that everything is calibrated on what its compressed predecessors produce.
 
+Steps that aim at the dense model's outputs need its rows too: then a second, dense lane of the same tokens runs in
+lockstep, with its own copy of the block.
+
 This is the file to read first, and the only one that joins methods and models."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmcompress.core.grid import Levels, QuantizedWeight
-from llmcompress.core.group import Matrix, MatrixGroup, run_methods
+from llmcompress.commit import Outcome, relative_errors
+from llmcompress.core.group import MatrixGroup, run_methods
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
-from llmcompress.export.quantized import Scheme, pack, unsupported
+from llmcompress.export.quantized import Scheme
+from llmcompress.measure import Phases
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
-from llmcompress.model.load import Block, BlockwiseModel
-from llmcompress.model.matrix import MatrixView
+from llmcompress.model.load import BlockwiseModel, micro_batches
+from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
-from llmcompress.report import BlockReport, MatrixReport, Phases
-from llmcompress.suspend import AtBlock, AtMatrix, BlockPass, Stop, SuspendedForward, gates
+from llmcompress.report import BlockReport, GroupReport
+from llmcompress.suspend import AtMatrix, BlockPass, Rounding, Stop, gates
 
 #: rows on which the error of a matrix is measured
 ERROR_ROWS = 512
@@ -36,32 +40,39 @@ class CompressedBlock:
     """One finished block.
 
     Attributes:
+        report: its errors and figures.
         tensors: by name on disk, in final form.
         schemes: of its quantized matrices, by module name.
-        report: its errors and figures.
     """
 
-    name: str
+    report: BlockReport
     tensors: dict[str, Tensor] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
-    report: BlockReport | None = None
 
 
-@dataclass(frozen=True)
-class QuantizedMatrix:
-    """Codes of one matrix, how they are stored, and the levels of a static input grid."""
+class Lane:
+    """All micro-batches on their way through one model.
 
-    weight: QuantizedWeight
-    scheme: Scheme
-    input_levels: Levels | None
+    Args:
+        model: its blocks are loaded one at a time.
+        tokens: (N, T) int64.
+    """
 
+    def __init__(self, model: BlockwiseModel, tokens: Tensor) -> None:
+        self.model = model
+        self.probe, *self.forwards = model.start_forwards([tokens[:1, :PROBE_TOKENS], *micro_batches(tokens)])
 
-@dataclass
-class Outcome:
-    """What a served group leaves behind: new values of parameters, by parameter name."""
-
-    dense: dict[str, Tensor] = field(default_factory=dict)
-    quantized: dict[str, QuantizedMatrix] = field(default_factory=dict)
+    def through(self, index: int, groups: list[InputGroup], replay: bool) -> BlockPass:
+        """The way through a loaded block, with a stop at each of the groups, which may be another model's."""
+        modules = self.model.model
+        stops = [
+            Stop(
+                [modules.get_submodule(m.name) for m in group.matrices],
+                modules.get_submodule(group.fold_name) if group.fold else None,
+            )
+            for group in groups
+        ]
+        return BlockPass(self.model.blocks[index].module, stops, self.forwards, replay)
 
 
 class Walk:
@@ -73,7 +84,10 @@ class Walk:
         tokens: (N, T) int64 calibration rows.
         replay: run blocks from their start to each group instead of suspending them: less memory, same result.
         phases: where the time went.
-        on_matrix: called with (matrix name, relative error) as matrices are finished.
+        progress: told of blocks and matrices as they come.
+
+    Attributes:
+        warnings: what was skipped or degraded so far.
     """
 
     def __init__(
@@ -83,204 +97,120 @@ class Walk:
         tokens: Tensor,
         *,
         replay: bool = False,
-        phases: Phases,
-        on_matrix: Callable[[str, float], None] = lambda name, error: None,
+        phases: Phases | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self.model, self.recipe, self.replay = model, recipe, replay
-        self.phases, self.on_matrix = phases, on_matrix
-        self.batches = micro_batches(tokens)
-        self.probe = tokens[:1, :PROBE_TOKENS]
-        self.storage_dtype = model.checkpoint.dtype
+        self.model, self.recipe, self.tokens, self.replay = model, recipe, tokens, replay
+        self.phases = phases or Phases()
+        self.progress = progress or Progress(silent=True)
+        self.progress.total_blocks = len(model.blocks)
         self.warnings: list[str] = []
+        self._needs = _needs(recipe)
+        self._smooths = any(method.stage == "smooth" for method in recipe.methods)
 
     @torch.no_grad()
     def run(self) -> Iterator[CompressedBlock]:
         """Yields each block when it is finished; its memory is freed when the next one is asked for."""
-        model = self.model
-        with gates([block.module for block in model.blocks]):
+        models = [self.model, *([self.model.twin()] if "cross" in self._needs else [])]
+        with gates([block.module for model in models for block in model.blocks]):
             with self.phases("forward"):
-                probe, *forwards = start_forwards(model, [self.probe, *self.batches])
-            for index in range(len(model.blocks)):
+                lanes = [Lane(model, self.tokens) for model in models]
+            for index, block in enumerate(self.model.blocks):
                 started = time.perf_counter()
+                self.progress.begin_block(block.name)
                 with self.phases("load"):
-                    block = model.load_block(index)
+                    for model in models:
+                        model.load_block(index)
                 with self.phases("map"):
-                    found = map_block(block, call_of(probe))
-                finished = self._compress(block, found, forwards, probe, index)
-                assert finished.report is not None
+                    found = map_block(block, lanes[0].probe.call)
+                finished = self._compress(index, found, lanes)
                 finished.report.seconds = time.perf_counter() - started
+                self.progress.end_block(finished.report.sparsity)
                 yield finished
-                model.release_block(index)
+                for model in models:
+                    model.release_block(index)
 
-    def _compress(
-        self, block: Block, found: BlockMap, forwards: list[SuspendedForward], probe: SuspendedForward, index: int
-    ) -> CompressedBlock:
+    def _compress(self, index: int, found: BlockMap, lanes: list[Lane]) -> CompressedBlock:
+        """One block: serves its input groups as the tokens reach them."""
         groups = [g for g in found.groups if any(self.recipe.targets(m.name) for m in g.matrices)]
-        stops = [Stop([m.module for m in g.matrices], g.fold.norm if g.fold else None) for g in groups]
-        through = BlockPass(block.module, stops, forwards, self.replay)
-        finished = CompressedBlock(block.name, report=BlockReport(block.name))
-        outcome = Outcome()
-        arrivals = through.arrivals()
+        outcome = Outcome(self.model, in_place=self.recipe.propagate == "compressed")
+        finished = CompressedBlock(BlockReport(self.model.blocks[index].name))
+        passes = [lane.through(index, groups, self.replay) for lane in lanes]
+        arrivals = zip(*(p.arrivals() for p in passes), strict=True)
         while True:
             with self.phases("forward"):
-                arrival = next(arrivals, None)
-            if arrival is None:
+                arrived = next(arrivals, None)
+            if arrived is None:
                 break
-            number, places = arrival
+            number = arrived[0][0]
+            if any(other != number for other, _ in arrived):
+                raise UserError("its dense and compressed forwards take different ways", groups[number].name,
+                                "use target: compressed")  # fmt: skip
             with self.phases("compress"):
-                served = self._serve(groups[number], places, outcome, finished)
-            if served.activations is not None:
-                through.rounding[number] = _rounding(served)
+                rounding = self._serve(groups[number], [places for _, places in arrived], outcome, finished.report)
+            if rounding is not None:
+                passes[0].rounding[number] = rounding
         with self.phases("forward"):
-            probe.resume()
-        self._note_unreached(found, groups, through)
+            for lane in lanes:
+                lane.probe.resume()
+        self._note_unreached(found, groups, passes[0].served)
+        self.warnings += outcome.warnings
         with self.phases("pack"):
-            self._collect(index, outcome, finished)
+            finished.tensors, finished.schemes = outcome.tensors(index), outcome.schemes
         return finished
 
     def _serve(
-        self, group: InputGroup, places: list[AtMatrix], outcome: Outcome, finished: CompressedBlock
-    ) -> MatrixGroup:
-        """Runs the recipe on one input group and commits what it decided."""
-        rows = [place.x.reshape(-1, group.width) for place in places]
+        self, group: InputGroup, places: list[list[AtMatrix]], outcome: Outcome, report: BlockReport
+    ) -> Rounding | None:
+        """Runs the recipe on one input group and commits what it decided.
+
+        Returns:
+            How the group's inputs are rounded from now on; None if they are not.
+        """
+        rows, dense_rows = ([place.x.reshape(-1, group.width) for place in lane] for lane in (places[0], places[-1]))
         _require_finite(group.name, rows)
-        work = self._working_copies(group)
+        work = outcome.working_copies(group, [m.name for m in group.matrices if self.recipe.targets(m.name)])
         originals = [m.weight for m in work.matrices]
-        stats = InputStats(group.width, self._needs(), device=rows[0].device)
-        for x in rows:
-            stats.update(x)
+        stats = InputStats(group.width, self._needs, device=rows[0].device)
+        for x, dense in zip(rows, dense_rows, strict=True):
+            stats.update(x, dense)
         run_methods(self.recipe.methods, work, stats)
-        errors = relative_errors(work, originals, _sample(rows))
-        self._commit(group, work, places, outcome)
-        assert finished.report is not None
+        sample = _sample(rows)
+        errors = relative_errors(work, originals, sample, _sample(dense_rows) if len(places) > 1 else sample)
+        outcome.commit(group, work, places[0])
         for matrix, error in zip(work.matrices, errors, strict=True):
-            finished.report.matrices.append(_matrix_report(matrix, error))
-            self.on_matrix(matrix.name, error)
-        finished.report.groups.append({"name": group.name, **work.figures})
+            report.matrices.append(outcome.report(matrix, error))
+            self.progress.matrix(matrix.name, error)
+        report.groups.append(self._group_report(group, work))
         self.warnings += work.warnings
-        return work
+        return _rounding(work) if outcome.in_place else None
 
-    def _needs(self) -> frozenset[str]:
-        """Statistics that the steps up to the first one that gathers its own ask for."""
-        needs: frozenset[str] = frozenset()
-        for method in self.recipe.methods:
-            needs |= method.needs
-            if method.stage == "clip":
-                return needs
-        return needs
+    def _group_report(self, group: InputGroup, work: MatrixGroup) -> GroupReport:
+        if not self._smooths:
+            return GroupReport(group.name, figures=work.figures)
+        folded = work.smoothing is not None
+        return GroupReport(group.name, folded, "" if folded else group.fold_refusal, work.figures)
 
-    def _working_copies(self, group: InputGroup) -> MatrixGroup:
-        targeted = [m for m in group.matrices if self.recipe.targets(m.name)]
-        others = [m for m in group.matrices if not self.recipe.targets(m.name)]
-        fold, dtype = group.fold, self.storage_dtype
-        work = MatrixGroup(
-            [Matrix(m.name, m.read(), dtype) for m in targeted],
-            [Matrix(m.name, m.read(), dtype) for m in others],
-            fold_refusal=group.fold_refusal,
-        )
-        if fold is not None:
-            work.snap = lambda s: fold.snap(s, dtype)
-        return work
-
-    def _commit(self, group: InputGroup, work: MatrixGroup, places: list[AtMatrix], outcome: Outcome) -> None:
-        """Writes values into the modules, rounded as they will be stored; folds; renews the waiting rows."""
-        views = {m.name: m for m in group.matrices}
-        for matrix in work.matrices:
-            self._commit_matrix(views[matrix.name], matrix, work, outcome)
-        if work.smoothing is None or group.fold is None:
-            return
-        for matrix in work.bystanders:
-            self._commit_matrix(views[matrix.name], matrix, work, outcome)
-        group.fold.divide(work.smoothing, self.storage_dtype)
-        norm_name = _module_name(self.model.model, group.fold.norm)
-        for attribute, value in group.fold.norm.named_parameters():
-            outcome.dense[f"{norm_name}.{attribute}"] = value.to(self.storage_dtype, copy=True)
-        for place in places:
-            if place.norm_input is None:
-                raise RuntimeError(f"{group.name}: the norm that writes its input did not run before it")
-            place.x.copy_(group.fold.norm(place.norm_input).view_as(place.x))
-
-    def _commit_matrix(self, view: MatrixView, matrix: Matrix, work: MatrixGroup, outcome: Outcome) -> None:
-        if matrix.quantized is not None:
-            scheme = Scheme(matrix.quantized.grid, work.activations)
-            reason = unsupported(type(view.module))
-            if not reason:
-                view.write(matrix.weight)
-                outcome.quantized[view.name] = QuantizedMatrix(matrix.quantized, scheme, work.activation_levels)
-                return
-            work.activations = None
-            self.warnings.append(f"{view.name}: weights stored rounded but dense, inputs not rounded: {reason}")
-        stored = matrix.weight.to(self.storage_dtype)
-        view.write(stored)
-        outcome.dense[f"{view.name}.weight"] = view.as_stored(stored)
-
-    def _collect(self, index: int, outcome: Outcome, finished: CompressedBlock) -> None:
-        """The block's tensors by name on disk: changed ones from the outcome, the others as they were."""
-        model = self.model
-        renewed: set[str] = set()
-        for parameter, value in outcome.dense.items():
-            finished.tensors[model.disk_name(parameter)] = value
-            renewed.add(model.disk_name(parameter))
-        for name, q in outcome.quantized.items():
-            disk_name = model.disk_name(f"{name}.weight")
-            renewed.add(disk_name)
-            for suffix, value in pack(q.weight, q.scheme, self.storage_dtype, q.input_levels).items():
-                finished.tensors[disk_name.removesuffix("weight") + suffix] = value
-            finished.schemes[name] = q.scheme
-        untouched = [name for name in model.block_sources(index) if name not in renewed]
-        finished.tensors.update(model.checkpoint.read(untouched))
-
-    def _note_unreached(self, found: BlockMap, groups: list[InputGroup], through: BlockPass) -> None:
-        for number, group in enumerate(groups):
-            if number not in through.served:
-                self.warnings.append(f"{group.name}: left dense, no calibration token reached it")
-        self.warnings += [
-            f"{n}: left dense, no probe token reached it" for n in found.unreached if self.recipe.targets(n)
-        ]
+    def _note_unreached(self, found: BlockMap, groups: list[InputGroup], served: set[int]) -> None:
+        missed = [m.name for number, group in enumerate(groups) if number not in served for m in group.matrices]
+        for name in [*missed, *found.unreached]:
+            if self.recipe.targets(name):
+                self.warnings.append(f"{name}: left dense, no calibration token reached it")
 
 
-def start_forwards(model: BlockwiseModel, batches: list[Tensor]) -> list[SuspendedForward]:
-    """One forward of the whole model per micro-batch, each waiting at the first block."""
-
-    def forward_of(ids: Tensor) -> Callable[[], Tensor]:
-        return lambda: model.model(input_ids=ids.to(model.device), use_cache=False).logits
-
-    forwards = [SuspendedForward(forward_of(ids)) for ids in batches]
-    for forward in forwards:
-        forward.resume()
-    return forwards
+def _needs(recipe: Recipe) -> frozenset[str]:
+    """Statistics that the steps ask for, up to the first one that gathers its own."""
+    needs: frozenset[str] = frozenset()
+    for method in recipe.methods:
+        needs |= method.needs
+        if method.stage == "clip":
+            break
+    return needs
 
 
-def call_of(forward: SuspendedForward) -> tuple[tuple[object, ...], dict[str, object]]:
-    """The block call a forward waits at."""
-    if not isinstance(forward.place, AtBlock):
-        raise UserError("its forward does not call its blocks one after the other", "model", "it is not supported")
-    return forward.place.args, forward.place.kwargs
-
-
-def micro_batches(tokens: Tensor, limit: int = 4096) -> list[Tensor]:
-    """Rows in batches of about ``limit`` tokens: large enough for full-speed matrix products."""
-    return list(tokens.split(max(1, limit // tokens.shape[1])))
-
-
-def relative_errors(work: MatrixGroup, originals: list[Tensor], rows: Tensor) -> list[float]:
-    """‖(W − Q)X‖² / ‖WX‖² per matrix on raw rows (tokens, in), in the arithmetic of the rows.
-
-    Q is taken back to the unsmoothed inputs.
-    """
-    back = 1.0 if work.smoothing is None else 1 / work.smoothing
-    errors = []
-    for matrix, dense in zip(work.matrices, originals, strict=True):
-        lost = rows @ (dense - matrix.weight * back).to(rows.dtype).T
-        whole = rows @ dense.to(rows.dtype).T
-        errors.append(float(lost.float().square().sum() / whole.float().square().sum().clamp(min=1e-30)))
-    return errors
-
-
-def _rounding(work: MatrixGroup) -> Callable[[Tensor], Tensor]:
+def _rounding(work: MatrixGroup) -> Rounding | None:
     grid, levels = work.activations, work.activation_levels
-    assert grid is not None
-    return lambda x: grid.round_activations(x, levels)
+    return None if grid is None else lambda x: grid.round_activations(x, levels)
 
 
 def _sample(rows: list[Tensor]) -> Tensor:
@@ -292,17 +222,4 @@ def _sample(rows: list[Tensor]) -> Tensor:
 def _require_finite(name: str, rows: list[Tensor]) -> None:
     for x in rows:
         if not bool(torch.isfinite(x.sum(dtype=torch.float32))) and not bool(torch.isfinite(x).all()):
-            raise UserError(
-                "NaN or infinite activations reach it", name, "try --dtype float32, or check the checkpoint"
-            )
-
-
-def _matrix_report(matrix: Matrix, error: float) -> MatrixReport:
-    quantized = matrix.quantized
-    bits = quantized.grid.bits_per_weight(matrix.columns) if quantized else 8.0 * matrix.scale_dtype.itemsize
-    zeros = 1 - int(matrix.weight.count_nonzero()) / matrix.weight.numel()
-    return MatrixReport(matrix.name, tuple(matrix.weight.shape), zeros, bits, error)
-
-
-def _module_name(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, candidate in model.named_modules() if candidate is module)
+            raise UserError("NaN or infinite activations reach it", name, "try --dtype float32, or check the weights")

@@ -43,7 +43,15 @@ def test_override_changes_one_value() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("2:4", "2:4"), ("4e-5", 4e-5), ("0.5", 0.5), ("8", 8), ("[0, 4e-5]", [0, 4e-5]), ("true", True), ("int8", "int8")],
+    [
+        ("2:4", "2:4"),
+        ("4e-5", 4e-5),
+        ("0.5", 0.5),
+        ("8", 8),
+        ("[0, 4e-5]", [0, 4e-5]),
+        ("true", True),
+        ("int8", "int8"),
+    ],
 )
 def test_values_are_read_as_written(text: str, value: object) -> None:
     assert parse_value(text) == value and type(parse_value(text)) is type(value)
@@ -82,7 +90,9 @@ def test_mistakes_are_named_in_one_line(tree: object, says: str) -> None:
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["prune.sparsity", "sparsity=0.5", "quantise.weights=int8", "prune.sparsity=[", "prune.x=1"])
+@pytest.mark.parametrize(
+    "override", ["prune.sparsity", "sparsity=0.5", "quantise.weights=int8", "prune.sparsity=[", "prune.x=1"]
+)
 def test_bad_overrides_are_refused(override: str) -> None:
     with pytest.raises(UserError):
         Recipe.load("wanda-50", [override])

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from llmcompress.evaluate.divergence import Comparison
 from torch import Tensor
 
-from llmcompress.model.load import BlockwiseModel
+from llmcompress.evaluate.divergence import Comparison
+from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.suspend import gates
-from llmcompress.walk import micro_batches, start_forwards
+
+#: logits of one micro-batch and model held at a time
+LOGITS = 2**28
 
 
 @torch.no_grad()
@@ -23,10 +25,11 @@ def compare(
 
     Inputs of quantized matrices are rounded as a run time would round them.
     """
-    batches = micro_batches(tokens)
+    vocabulary = dense.model.get_output_embeddings().weight.shape[0]
+    batches = micro_batches(tokens, limit=min(4096, LOGITS // vocabulary))
     comparison = Comparison()
     with gates([b.module for b in dense.blocks]), gates([b.module for b in compressed.blocks]):
-        lanes = [(model, start_forwards(model, batches)) for model in (dense, compressed)]
+        lanes = [(model, model.start_forwards(batches, head=True)) for model in (dense, compressed)]
         last = len(dense.blocks) - 1
         for index in range(last):
             for model, forwards in lanes:

@@ -3,7 +3,7 @@
     s_j = max|X_j|^α / max|W_:j|^(1−α),  X ← X / s,  W ← W · s
 
 max|W_:j| is over all matrices that read the input. The division is folded into the norm that wrote it, so it is
-free at run time; inputs that no norm writes (of o_proj and down_proj in a Llama) keep their outliers, as in the paper."""
+free at run time; inputs that no norm writes (o_proj's and down_proj's in a Llama) keep their outliers, as in the paper."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ class SmoothQuant(Method):
     needs = frozenset({"absmax"})
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
-        if group.fold_refusal:
-            group.figures["not_smoothed"] = group.fold_refusal
+        if group.fold_refusal:  # the report names the reason
             return stats
         group.figures["alpha"] = self.alpha
         weights = [m.weight for m in (*group.matrices, *group.bystanders)]

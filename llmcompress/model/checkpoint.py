@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,17 @@ class Checkpoint:
                 for name in wanted:
                     found[name] = handle.get_tensor(name).clone()
         return found
+
+    def in_chunks(self, names: Iterable[str], limit: int = 2**30) -> Iterator[list[str]]:
+        """The names in lists of about ``limit`` bytes together, so that copying takes no more memory than that."""
+        chunk: list[str] = []
+        for name in names:
+            if chunk and sum(self.tensors[n].nbytes for n in [*chunk, name]) > limit:
+                yield chunk
+                chunk = []
+            chunk.append(name)
+        if chunk:
+            yield chunk
 
     def _shards(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"

@@ -29,12 +29,14 @@ class InputGroup:
         matrices: in the order in which the block calls them; the first is where a forward is suspended.
         width: columns of the tensor.
         fold: how to divide the tensor at its source; None if that is impossible.
+        fold_name: dotted name of the norm it goes into.
         fold_refusal: why; empty if there is a fold.
     """
 
     matrices: list[MatrixView]
     width: int
     fold: NormFold | None = None
+    fold_name: str = ""
     fold_refusal: str = "no norm writes its input"
 
     @property
@@ -85,6 +87,7 @@ def map_block(block: Block, call: Call) -> BlockMap:
                 norm, record.writer_inputs[key], [m.module for m in group.matrices],
                 lambda: _run(block.module, call), reference,
             )  # fmt: skip
+            group.fold_name = f"{block.name}.{_name_of(block.module, norm)}" if group.fold else ""
     reached = {m.name for g in found for m in g.matrices}
     names = [f"{block.name}.{n}" for n, m in block.module.named_modules() if is_matrix(m)]
     return BlockMap(

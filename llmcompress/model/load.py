@@ -6,7 +6,7 @@ one. Names are translated by transformers' own conversion table, so checkpoints 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme, schemes_of, unpack, unpack_activations
 from llmcompress.model.blocks import find_blocks
 from llmcompress.model.checkpoint import Checkpoint, require_finite
+from llmcompress.suspend import SuspendedForward
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class BlockwiseModel:
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.trust_remote_code = trust_remote_code
         self.model = _skeleton(checkpoint, dtype, trust_remote_code)
         self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
         self.schemes = self._read_schemes()
@@ -72,6 +74,32 @@ class BlockwiseModel:
     def release_block(self, index: int) -> None:
         """Frees one block's weights."""
         self.blocks[index].module.to(device="meta")
+
+    def twin(self) -> BlockwiseModel:
+        """Another model of the same checkpoint, with its own copy of each block."""
+        return BlockwiseModel(self.checkpoint, self.dtype, self.device, self.trust_remote_code)
+
+    def start_forwards(self, batches: list[Tensor], head: bool = False) -> list[SuspendedForward]:
+        """One forward of the whole model per (B, T) batch of token ids, each waiting at the first block.
+
+        Args:
+            head: go on to the logits after the last block, (B, T, V); otherwise the result is None.
+        """
+
+        def forward_of(ids: Tensor) -> Callable[[], Tensor | None]:
+            network = self.model if head else self.model.base_model
+            ids = ids.to(self.device)
+
+            def run() -> Tensor | None:
+                output = network(input_ids=ids, use_cache=False)
+                return output.logits if head else None
+
+            return run
+
+        forwards = [SuspendedForward(forward_of(ids)) for ids in batches]
+        for forward in forwards:
+            forward.resume()
+        return forwards
 
     def block_sources(self, index: int) -> list[str]:
         """Names on disk of the tensors that make up one block."""
@@ -196,3 +224,8 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: boo
             f"transformers cannot build this model: {' '.join(str(error).split())[:300]}", str(checkpoint.folder),
             "check config.json; custom code needs --trust-remote-code",
         ) from error  # fmt: skip
+
+
+def micro_batches(tokens: Tensor, limit: int = 4096) -> list[Tensor]:
+    """Rows in batches of about ``limit`` tokens: large enough for full-speed matrix products."""
+    return list(tokens.split(max(1, limit // tokens.shape[1])))

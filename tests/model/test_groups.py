@@ -11,7 +11,6 @@ from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.groups import BlockMap, map_block
 from llmcompress.model.load import Block, BlockwiseModel
 from llmcompress.suspend import gates
-from llmcompress.walk import call_of, start_forwards
 from tests.architectures import CONFIGS, tiny_folder
 
 IDS = torch.randint(0, 96, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -43,7 +42,7 @@ FOLDED = {
 def mapped(path: Path) -> tuple[BlockwiseModel, Block, BlockMap, tuple]:
     model = BlockwiseModel(Checkpoint(path), torch.float32)
     with gates([b.module for b in model.blocks]):
-        call = call_of(start_forwards(model, [IDS])[0])
+        call = model.start_forwards([IDS])[0].call
     block = model.load_block(0)
     return model, block, map_block(block, call), call
 

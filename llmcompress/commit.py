@@ -1,0 +1,153 @@
+"""From a method's decisions to the network and to disk: values into modules, scales into norms, codes into tensors.
+
+Everything is rounded to what will be stored before it is used, so that the tokens that go on, and whatever is measured
+later, see the model that others will load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress.core.grid import Levels, QuantizedWeight
+from llmcompress.core.group import Matrix, MatrixGroup
+from llmcompress.export.quantized import Scheme, pack, storage_bits, unsupported
+from llmcompress.model.fold import NormFold
+from llmcompress.model.groups import InputGroup
+from llmcompress.model.load import BlockwiseModel
+from llmcompress.model.matrix import MatrixView
+from llmcompress.report import MatrixReport
+from llmcompress.suspend import AtMatrix
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """Codes of one matrix, how they are stored, and the levels of a static input grid."""
+
+    weight: QuantizedWeight
+    scheme: Scheme
+    input_levels: Levels | None
+
+
+class Outcome:
+    """What has been decided about one block.
+
+    Args:
+        model: whose modules are written.
+        in_place: False leaves the modules as they are, for a walk that goes on through the dense block.
+
+    Attributes:
+        dense: new values of parameters that stay in floating point, by parameter name, in the stored dtype.
+        codes: of quantized matrices, by module name.
+        warnings: what could not be stored as decided.
+    """
+
+    def __init__(self, model: BlockwiseModel, in_place: bool = True) -> None:
+        self.model, self.in_place, self.dtype = model, in_place, model.checkpoint.dtype
+        self.dense: dict[str, Tensor] = {}
+        self.codes: dict[str, StoredCodes] = {}
+        self.warnings: list[str] = []
+
+    def working_copies(self, group: InputGroup, targeted: list[str]) -> MatrixGroup:
+        """Float32 copies of a group's matrices for the methods; those not ``targeted`` are bystanders."""
+        copies = {m.name: Matrix(m.name, m.read(), self.dtype) for m in group.matrices}
+        work = MatrixGroup(
+            [copies[name] for name in targeted],
+            [copy for name, copy in copies.items() if name not in targeted],
+            fold_refusal=group.fold_refusal,
+        )
+        fold = group.fold
+        if fold is not None:
+            work.snap = lambda s: fold.snap(s, self.dtype)
+        return work
+
+    def commit(self, group: InputGroup, work: MatrixGroup, places: list[AtMatrix]) -> None:
+        """Takes over what was decided, and renews the rows that wait at the group after a fold."""
+        views = {m.name: m for m in group.matrices}
+        for matrix in work.matrices:
+            self._commit_matrix(views[matrix.name], matrix, work)
+        if work.smoothing is None or group.fold is None:
+            return
+        for matrix in work.bystanders:
+            self._commit_matrix(views[matrix.name], matrix, work)
+        self._commit_fold(group.fold_name, group.fold, work.smoothing)
+        for place in places if self.in_place else ():
+            if place.norm_input is None:
+                raise RuntimeError(f"{group.name}: the norm that writes its input did not run before it")
+            place.x.copy_(group.fold.norm(place.norm_input).view_as(place.x))
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """The block's tensors by name on disk: changed ones as decided, the others as they were."""
+        model = self.model
+        found = {model.disk_name(parameter): value for parameter, value in self.dense.items()}
+        renewed = set(found)
+        for name, stored in self.codes.items():
+            disk_name = model.disk_name(f"{name}.weight")
+            renewed.add(disk_name)
+            for suffix, value in pack(stored.weight, stored.scheme, self.dtype, stored.input_levels).items():
+                found[disk_name.removesuffix("weight") + suffix] = value
+        untouched = [name for name in model.block_sources(index) if name not in renewed]
+        return found | model.checkpoint.read(untouched)
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Of the quantized matrices, by module name."""
+        return {name: stored.scheme for name, stored in self.codes.items()}
+
+    def report(self, matrix: Matrix, error: float) -> MatrixReport:
+        """The figures of one committed matrix."""
+        stored = self.codes.get(matrix.name)
+        bits = 8.0 * self.dtype.itemsize
+        if stored is not None:
+            grid = stored.scheme.weights
+            bits = storage_bits(stored.scheme) + grid.bits_per_weight(matrix.columns, bits) - grid.bits  # scales too
+        zeros = 1 - int(matrix.weight.count_nonzero()) / matrix.weight.numel()
+        return MatrixReport(matrix.name, (matrix.weight.shape[0], matrix.columns), zeros, bits, error)
+
+    def _commit_matrix(self, view: MatrixView, matrix: Matrix, work: MatrixGroup) -> None:
+        if matrix.quantized is not None and not unsupported(type(view.module)):
+            scheme = Scheme(matrix.quantized.grid, work.activations)
+            self.codes[view.name] = StoredCodes(matrix.quantized, scheme, work.activation_levels)
+            stored = matrix.weight
+        else:
+            if matrix.quantized is not None:
+                work.activations = None
+                self.warnings.append(
+                    f"{view.name}: rounded weights are stored dense and inputs are not rounded, "
+                    f"{unsupported(type(view.module))}"
+                )
+            stored = matrix.weight.to(self.dtype)
+            self.dense[f"{view.name}.weight"] = view.as_stored(stored)
+        if self.in_place:
+            view.write(stored)
+
+    def _commit_fold(self, name: str, fold: NormFold, s: Tensor) -> None:
+        before = {name: value.detach().clone() for name, value in fold.norm.named_parameters()}
+        fold.divide(s, self.dtype)
+        for attribute, value in fold.norm.named_parameters():
+            self.dense[f"{name}.{attribute}"] = value.detach().to(self.dtype, copy=True)
+            if not self.in_place:
+                value.data.copy_(before[attribute])
+
+
+@torch.no_grad()
+def relative_errors(work: MatrixGroup, originals: list[Tensor], rows: Tensor, dense_rows: Tensor) -> list[float]:
+    """‖W X − Q X̂‖² / ‖W X‖² per matrix.
+
+    Args:
+        work: the decided group; its Q is taken back to unsmoothed inputs.
+        originals: the dense W (out, in), float32.
+        rows: X̂ (tokens, in) that reach the compressed matrices; their dtype is that of the arithmetic.
+        dense_rows: X; the same as ``rows`` unless the dense model's outputs are aimed at.
+    """
+    back = 1.0 if work.smoothing is None else 1 / work.smoothing
+    errors = []
+    for matrix, dense in zip(work.matrices, originals, strict=True):
+        meant = dense_rows @ dense.to(rows.dtype).T
+        if rows is dense_rows:
+            lost = rows @ (dense - matrix.weight * back).to(rows.dtype).T
+        else:
+            lost = meant - rows @ (matrix.weight * back).to(rows.dtype).T
+        errors.append(float(lost.float().square().sum() / meant.float().square().sum().clamp(min=1e-30)))
+    return errors
