@@ -89,17 +89,29 @@ def _settle_listed(x, w, reach, best, gap, listed, count):  # pragma: no cover
 
 
 @njit(cache=True, nogil=True, fastmath=_FAST)
-def _settle_extremes(y, sign, peak, w, token, first, second, reach, best):  # pragma: no cover
-    """Every input's own extreme token; sets ``reach`` and returns the largest gap that can still matter."""
-    furthest = np.float32(-np.inf)
+def _look_up(w, token, first, second, at, gain, reach):  # pragma: no cover
+    """Every input's extreme token for weights ``w``: where it is, what it gains, what any other may gain."""
     for i in range(w.size):
-        side = 0 if w[i] > 0 else 1
-        size = abs(w[i])
-        value = sign * y[token[side, i]] - peak + first[side, i] * size
-        if value > best[i]:
-            best[i] = value
-        reach[i] = second[side, i] * size
-        furthest = max(furthest, reach[i] - best[i])
+        size, lowers = abs(w[i]), w[i] > 0
+        # both are loaded before one is taken: a branch on the sign would be guessed wrong half of the time
+        low_token, high_token = token[0, i], token[1, i]
+        low_first, high_first = first[0, i], first[1, i]
+        low_second, high_second = second[0, i], second[1, i]
+        at[i] = low_token if lowers else high_token
+        gain[i] = size * (low_first if lowers else high_first)
+        reach[i] = size * (low_second if lowers else high_second)
+
+
+@njit(cache=True, nogil=True, fastmath=_FAST)
+def _settle_extremes(y, sign, peak, at, gain, reach, best):  # pragma: no cover
+    """Every input's own extreme token; returns the largest gap that can still matter."""
+    furthest = np.float32(-np.inf)
+    for i in range(best.size):
+        value = sign * y[np.uint32(at[i])] - peak + gain[i]
+        held = best[i]
+        held = value if value > held else held
+        best[i] = held
+        furthest = max(furthest, reach[i] - held)
     return furthest
 
 
@@ -154,7 +166,7 @@ def _walk_heap(x, w, reach, best, gaps, tokens, size, listed):  # pragma: no cov
 
 
 @njit(cache=True, nogil=True, fastmath=_FAST)
-def _scan(y, sign, x, w, extremes, peak, best, reach, gaps, tokens, listed):  # pragma: no cover
+def _scan(y, sign, x, w, extremes, peak, best, reach, gain, gaps, tokens, listed):  # pragma: no cover
     """Raises ``best`` (in,), relative to ``peak``, by the tokens of one chunk; returns the new peak."""
     high = sign * y[0]
     for t in range(1, y.size):
@@ -167,7 +179,8 @@ def _scan(y, sign, x, w, extremes, peak, best, reach, gaps, tokens, listed):  # 
             best[i] -= high - peak
         peak = high
     _settle(x[lead], w, reach, best, peak - high, np.float32(0))
-    furthest = _settle_extremes(y, sign, peak, w, extremes[0], extremes[1], extremes[2], reach, best)
+    _look_up(w, extremes[0], extremes[1], extremes[2], listed, gain, reach)
+    furthest = _settle_extremes(y, sign, peak, listed, gain, reach, best)
     size = _collect(y, sign, peak, furthest, lead, gaps, tokens)
     _walk_heap(x, w, reach, best, gaps, tokens, size, listed)
     return peak
@@ -179,7 +192,7 @@ def _scan_rows(y, x, weight, extremes, peaks, best, workers):  # pragma: no cove
     rows, columns = weight.shape
     for worker in prange(workers):
         gaps, tokens = np.empty(y.shape[1], np.float32), np.empty(y.shape[1], np.int32)
-        reach, w = np.zeros(columns, np.float32), np.empty(columns, np.float32)
+        w, gain, reach = np.empty(columns, np.float32), np.empty(columns, np.float32), np.zeros(columns, np.float32)
         listed = np.empty(columns + 1, np.int32)
         for r in range(worker, rows, workers):
             for side in range(2):
@@ -187,7 +200,7 @@ def _scan_rows(y, x, weight, extremes, peaks, best, workers):  # pragma: no cove
                 for i in range(columns):
                     w[i] = sign * weight[r, i]
                 peaks[side, r] = _scan(
-                    y[r], sign, x, w, extremes, peaks[side, r], best[side, r], reach, gaps, tokens, listed
+                    y[r], sign, x, w, extremes, peaks[side, r], best[side, r], reach, gain, gaps, tokens, listed
                 )
 
 
