@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from llmcompress.evaluate.divergence import Comparison
+from llmcompress.evaluate.divergence import Divergence
 from llmcompress.measure import Phases, peak_memory_bytes, versions
 from llmcompress.table import aligned, bytes_text, change, figure, grouped_warnings
 
@@ -139,9 +139,8 @@ class Report:
         """Share of zeros among the compressed matrices' weights; None if there are none."""
         return _weighted_mean(self.matrices, "sparsity")
 
-    def take(self, comparison: Comparison) -> None:
+    def take(self, found: Divergence) -> None:
         """Takes over the figures of an evaluation."""
-        found = comparison.result()
         self.perplexity = {"before": found.perplexity_before, "after": found.perplexity_after}
         self.kl_divergence, self.kl_stderr = found.kl_divergence, found.kl_stderr
         self.top1_agreement = found.top1_agreement
@@ -247,8 +246,9 @@ def _kinds(blocks: list[BlockReport]) -> list[list[str]]:
     for kind, matrices in kinds.items():
         errors = {m.name: m.relative_error for m in matrices if m.relative_error is not None}
         worst = max(errors, key=lambda name: errors[name]) if errors else ""
+        place = worst.removesuffix(kind).rstrip(".")
         mean = f"{sum(errors.values()) / len(errors):.1e}" if errors else ""
         zeros, bits = (_weighted_mean(matrices, attribute) or 0.0 for attribute in ("sparsity", "bits"))
         high = f"{errors[worst]:.1e}" if errors else ""
-        rows.append([kind, str(len(matrices)), f"{bits:.2f}", f"{zeros:.1%}", mean, high, worst])
+        rows.append([kind, str(len(matrices)), f"{bits:.2f}", f"{zeros:.1%}", mean, high, place or worst])
     return rows

@@ -61,9 +61,10 @@ def self_samples(
     for _, length, _ in requests:
         check_length(config, length)
     wanted = [(seed, number, length) for count, length, seed in requests for number in range(count)]
-    batch = _batch_size(config, max(length for _, length, _ in wanted), torch.device(device).type)
+    longest = max(length for *_, length in wanted)
+    batch = _batch_size(config, longest, torch.device(device).type)
     dtype = dtype or _default_dtype(folder, config, device)
-    _require_memory(folder, config, dtype, min(batch, len(wanted)), max(length for *_, length in wanted), device)
+    _require_memory(folder, config, dtype, min(batch, len(wanted)), longest, device)
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     model = model.to(device).eval()
@@ -98,9 +99,9 @@ def _write(
     longest = max(lengths)
     uniform = torch.stack([_stream(seed, number, longest) for seed, number, _ in wanted]).to(model.device)
     tokens = torch.empty(len(wanted), longest, dtype=torch.long, device=model.device)
-    bos = config.bos_token_id
+    bos = config.bos_token_id if config.bos_token_id in range(config.vocab_size) else None
     tokens[:, 0] = (uniform[:, 0] * config.vocab_size).long() if bos is None else bos
-    forbidden = _end_tokens(model)
+    forbidden = [token for token in _end_tokens(model) if token < config.vocab_size]
     cache = DynamicCache(config=model.config)
     cache.layers = [_GrowingLayer(longest) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     finite = torch.ones((), dtype=torch.bool, device=model.device)
