@@ -98,10 +98,10 @@ class Outcome:
     def report(self, matrix: Matrix, error: float) -> MatrixReport:
         """The figures of one committed matrix."""
         stored = self.codes.get(matrix.name)
-        bits = 8.0 * self.dtype.itemsize
+        bits: float = 8 * self.dtype.itemsize
         if stored is not None:
             grid = stored.scheme.weights
-            bits = storage_bits(stored.scheme) + grid.bits_per_weight(matrix.columns, bits) - grid.bits  # scales too
+            bits = storage_bits(stored.scheme) + grid.bits_per_weight(matrix.columns, 8 * self.dtype.itemsize) - grid.bits  # scales too
         zeros = 1 - int(matrix.weight.count_nonzero()) / matrix.weight.numel()
         return MatrixReport(matrix.name, (matrix.weight.shape[0], matrix.columns), zeros, bits, error)
 

@@ -123,15 +123,18 @@ class Recipe:
             str(tree.get("description", "")),
         )
 
-    def to_yaml(self) -> str:
-        """The recipe as a file that `load` reads back."""
-        tree = {
+    def to_tree(self) -> dict[str, object]:
+        """The mapping a YAML file of this recipe holds."""
+        return {
             "description": self.description,
             "stages": [{s.kind: {"method": s.method_name, **s.options}} for s in self.stages],
             "targets": {"include": list(self.include), "exclude": list(self.exclude)},
             "propagate": self.propagate,
         }
-        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that `load` reads back."""
+        return yaml.safe_dump(self.to_tree(), sort_keys=False, allow_unicode=True)
 
     @property
     def hash(self) -> str:

@@ -64,7 +64,9 @@ def tiny_model(model_type: str, seed: int = 0, **changes: object) -> PreTrainedM
     return model
 
 
-def tiny_folder(path: Path, model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+def tiny_folder(
+    path: Path, model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> Path:
     """The same model saved as a checkpoint."""
     tiny_model(model_type, seed, **changes).to(dtype).save_pretrained(path)
     return path

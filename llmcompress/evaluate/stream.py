@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.evaluate.divergence import Comparison
+from llmcompress.evaluate.divergence import Comparison, Divergence
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.suspend import gates
 
@@ -20,7 +20,7 @@ LOGITS = 2**28
 @torch.no_grad()
 def compare(
     dense: BlockwiseModel, compressed: BlockwiseModel, tokens: Tensor, on_block: Callable[[int], None] = lambda i: None
-) -> Comparison:
+) -> Divergence:
     """Perplexity of both models, and the divergence of the second from the first, on (N, T) token rows.
 
     Inputs of quantized matrices are rounded as a run time would round them.
@@ -51,7 +51,7 @@ def compare(
             comparison.update(logits[0], logits[1], batch.to(logits[0].device))
         for model, _ in lanes:
             model.release_block(last)
-    return comparison
+    return comparison.result()
 
 
 @contextmanager

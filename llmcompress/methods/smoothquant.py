@@ -3,7 +3,7 @@
     s_j = max|X_j|^α / max|W_:j|^(1−α),  X ← X / s,  W ← W · s
 
 max|W_:j| is over all matrices that read the input. The division is folded into the norm that wrote it, so it is
-free at run time; inputs that no norm writes (o_proj's and down_proj's in a Llama) keep their outliers, as in the paper."""
+free at run time; inputs that no norm writes (o_proj's and down_proj's in a Llama) keep theirs, as in the paper."""
 
 from __future__ import annotations
 

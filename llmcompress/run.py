@@ -1,0 +1,248 @@
+"""One run, from an opened checkpoint to a published folder: calibrate, walk, write, evaluate what was written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.calibration import Calibration, evaluation_rows, token_rows
+from llmcompress.errors import UserError
+from llmcompress.evaluate.stream import compare
+from llmcompress.export.card import model_card
+from llmcompress.export.checkpoint import COMPANIONS, RECORD, REMOTE_CODE, CheckpointWriter, check_disk_space
+from llmcompress.export.quantized import Scheme, quantization_config, storage_note
+from llmcompress.measure import Phases, peak_memory_bytes, versions
+from llmcompress.model.checkpoint import Checkpoint
+from llmcompress.model.load import BlockwiseModel
+from llmcompress.model.locate import locate
+from llmcompress.plan import check_fit, estimate_size
+from llmcompress.progress import Progress
+from llmcompress.recipe import Recipe
+from llmcompress.report import Report
+from llmcompress.sampling import self_samples
+from llmcompress.walk import Walk
+
+#: sequences of the model's own samples on which the result is judged if no text is given, and their seed's offset
+HELD_OUT_SAMPLES = 32
+HELD_OUT_SEED = 1_000_003
+#: below this many parameters arithmetic on a CPU is float32 whatever the checkpoint stores
+SMALL_MODEL = 500_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about a run but the model and the recipe.
+
+    Attributes:
+        calibration: ``self``, a text or JSONL file, or ``DATASET[:split]``.
+        samples, length: calibration rows and tokens per row.
+        eval_text: file on which the result is judged; None takes held-out samples of the model itself.
+        evaluate: False leaves perplexity and divergence out.
+        seed: of everything random.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: of the arithmetic: ``auto``, ``float32`` or ``bfloat16``. Weights are stored in the checkpoint's dtype.
+        low_memory: replay blocks instead of suspending them.
+        trust_remote_code: run code that came with the checkpoint.
+    """
+
+    calibration: str = "self"
+    samples: int = 64
+    length: int = 512
+    eval_text: str | None = None
+    evaluate: bool = True
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    low_memory: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def calibration_rows(self) -> Calibration:
+        """Which rows to calibrate on."""
+        return Calibration(self.calibration, self.samples, self.length, self.seed)
+
+
+class Source:
+    """The dense model a run starts from: found, opened, and the device and dtype it will be computed in."""
+
+    def __init__(self, model: str | Path, options: Options) -> None:
+        self.name, self.options = str(model), options
+        self.folder = locate(self.name)
+        self.checkpoint = Checkpoint(self.folder)
+        if "quantization_config" in self.checkpoint.config:
+            raise UserError("is quantized already", str(self.folder), "give the dense checkpoint")
+        self.device = _device(options.device)
+        self.dtype = _dtype(options.dtype, self.checkpoint, self.device)
+
+    def open(self, checkpoint: Checkpoint | None = None) -> BlockwiseModel:
+        """The model, or one saved from it, its blocks on disk."""
+        code = self.options.trust_remote_code
+        return BlockwiseModel(checkpoint or self.checkpoint, self.dtype, self.device, code)
+
+
+def draw_tokens(source: Source, calibration: bool, progress: Progress) -> tuple[Tensor | None, Tensor | None]:
+    """(N, T) calibration rows and evaluation rows; None where not wanted.
+
+    What the model has to write itself for either is written in one go.
+    """
+    o = source.options
+    wanted: list[tuple[int, int, int]] = []
+    if calibration and o.calibration == "self":
+        wanted.append((o.samples, o.length, o.seed))
+    if o.evaluate and o.eval_text is None:
+        wanted.append((HELD_OUT_SAMPLES, o.length, o.seed + HELD_OUT_SEED))
+    drawn: list[Tensor] = []
+    if wanted:
+        total = sum(count * length for count, length, _ in wanted)
+        with progress.phase("sampling the model", total, "token") as advance:
+            drawn = self_samples(
+                source.folder, wanted,
+                device=source.device, dtype=source.dtype, trust_remote_code=o.trust_remote_code, advance=advance,
+            )  # fmt: skip
+    rows = eval_rows = None
+    if calibration:
+        rows = drawn.pop(0) if o.calibration == "self" else _read_rows(source)
+    if o.evaluate:
+        eval_rows = drawn.pop(0) if o.eval_text is None else _read_eval_rows(source, o.eval_text)
+    return rows, eval_rows
+
+
+class Run:
+    """One run: where it starts, what it does, and what has been measured."""
+
+    def __init__(self, source: Source, recipe: Recipe, options: Options, progress: Progress, command: str) -> None:
+        self.source, self.recipe, self.options = source, recipe, options
+        self.progress, self.command = progress, command
+        self.phases = Phases()
+
+    def execute(self, target: Path, force: bool) -> Report:
+        """Calibrates, walks, evaluates and publishes."""
+        source = self.source
+        with self.phases("load"):
+            dense = source.open()
+        check_fit(self.recipe, dense)
+        check_disk_space(target, estimate_size(dense, self.recipe))
+        with self.phases("calibration"):
+            tokens, eval_tokens = draw_tokens(source, True, self.progress)
+        assert tokens is not None
+        report = self._new_report(eval_tokens)
+        with CheckpointWriter(target, force, source.folder) as writer:
+            schemes = self._walk(dense, tokens, writer, report)
+            patterns = COMPANIONS + (REMOTE_CODE if self.options.trust_remote_code else ())
+            writer.seal(self._files(dense, schemes, writer, report), source.folder, patterns)
+            report.size_bytes = {"before": source.checkpoint.size_bytes, "after": writer.total_bytes}
+            if eval_tokens is not None:
+                self._evaluate(dense, Checkpoint(writer.partial), eval_tokens, report)
+            report.seconds_by_phase, report.seconds = self.phases.seconds, self.phases.total
+            report.peak_memory_bytes = peak_memory_bytes(source.device)
+            report.output = str(target)
+            card = model_card(report, self.recipe.to_yaml(), source.name)
+            writer.publish({"report.json": report.to_json() + "\n", "README.md": card})
+        return report
+
+    def _walk(
+        self, dense: BlockwiseModel, tokens: Tensor, writer: CheckpointWriter, report: Report
+    ) -> dict[str, Scheme]:
+        schemes: dict[str, Scheme] = {}
+        walk = Walk(
+            dense, self.recipe, tokens, replay=self.options.low_memory, phases=self.phases, progress=self.progress
+        )
+        for finished in walk.run():
+            with self.phases("write"):
+                writer.add(finished.tensors)
+            schemes.update(finished.schemes)
+            report.blocks.append(finished.report)
+        with self.phases("write"):
+            for names in dense.checkpoint.in_chunks(dense.rest_sources()):
+                writer.add(dense.checkpoint.read(names))
+        report.warnings += walk.warnings + sorted({note for s in schemes.values() if (note := storage_note(s))})
+        return schemes
+
+    def _evaluate(self, dense: BlockwiseModel, result: Checkpoint, tokens: Tensor, report: Report) -> None:
+        """Reads the finished folder back: what is judged is what was written."""
+        blocks = len(dense.blocks)
+        with self.phases("evaluate"), self.progress.phase("evaluating", blocks, "block") as advance:
+            report.take(compare(dense, self.source.open(result), tokens, lambda index: advance(1)))
+
+    def _new_report(self, eval_tokens: Tensor | None) -> Report:
+        o = self.options
+        judged = None
+        if eval_tokens is not None:
+            rows, length = eval_tokens.shape
+            judged = Calibration(o.eval_text or "self", rows, length, o.seed + HELD_OUT_SEED * (o.eval_text is None))
+        return Report(
+            model=self.source.name,
+            recipe=self.recipe.name,
+            seed=o.seed,
+            versions=versions(),
+            calibration=asdict(o.calibration_rows),
+            evaluation=asdict(judged) if judged else {},
+        )
+
+    def _files(
+        self, dense: BlockwiseModel, schemes: dict[str, Scheme], writer: CheckpointWriter, report: Report
+    ) -> dict[str, str]:
+        config = dict(dense.checkpoint.config)
+        if schemes:
+            linears = [name for name, module in dense.model.named_modules() if isinstance(module, nn.Linear)]
+            config["quantization_config"] = quantization_config(schemes, linears)
+        return {
+            "config.json": _json(config),
+            "recipe.yaml": self.recipe.to_yaml(),
+            RECORD: _json(self._record(writer, report)),
+        }
+
+    def _record(self, writer: CheckpointWriter, report: Report) -> dict[str, Any]:
+        """What the folder says about itself: pattern and counts per matrix, versions, seed, hashes."""
+        sparsity = self.recipe.sparsity
+        return {
+            "model": report.model,
+            "recipe": {"name": self.recipe.name, "hash": self.recipe.hash},
+            "command": self.command,
+            "seed": report.seed,
+            "versions": report.versions,
+            "calibration": asdict(self.options.calibration_rows),
+            "pattern": str(sparsity) if sparsity else "dense",
+            "matrices": {
+                m.name: {"shape": list(m.shape), "zeros": round(m.sparsity * m.weights), "bits": m.bits}
+                for m in report.matrices
+            },
+            "sha256": writer.hashes,
+        }
+
+
+def _read_rows(source: Source) -> Tensor:
+    o = source.options
+    return token_rows(o.calibration_rows, source.folder, trust_remote_code=o.trust_remote_code)
+
+
+def _read_eval_rows(source: Source, text: str) -> Tensor:
+    o = source.options
+    return evaluation_rows(text, source.folder, o.length, trust_remote_code=o.trust_remote_code)
+
+
+def _json(tree: object) -> str:
+    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _device(wanted: str) -> str:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("no CUDA device is available", "--device cuda", "use --device cpu")
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu"
+
+
+def _dtype(wanted: str, checkpoint: Checkpoint, device: str) -> torch.dtype:
+    """float32 where it is asked for, stored, or cheap; float16 weights are computed in float32 on a CPU."""
+    if wanted != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    stored = checkpoint.dtype
+    parameters = sum(info.nbytes // info.dtype.itemsize for info in checkpoint.tensors.values())
+    if device == "cpu" and (parameters < SMALL_MODEL or stored != torch.bfloat16):
+        return torch.float32
+    return stored
