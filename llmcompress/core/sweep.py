@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,11 +117,10 @@ def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Ro
     targets: list[ColumnTarget] = [t for t in (mask, rounding) if t is not None]
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return sweep_reference(weight, factor, targets)
-    sweep_cpu.use_threads(torch.get_num_threads())
-    V, W = factor.V, weight.T.contiguous()
-    E = torch.empty_like(W)
+    V, W = factor.V, weight.contiguous()
+    Q, E = torch.empty_like(W), torch.empty(W.shape[1], W.shape[0])  # E is transposed: (in, out)
     outside = [t for t in targets if t.group and not (t is mask and mask.sparsity.m)]
-    for block in _blocks(len(W), mask.sparsity.m if mask else 0, [t.group for t in outside]):
+    for block in _blocks(len(V), mask.sparsity.m if mask else 0, [t.group for t in outside]):
         b = block[0].start
         carried = V[:b, b : block[-1].stop].T @ E[:b]  # (block, out)
         for now in block:
@@ -131,11 +129,11 @@ def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Ro
                 S.addmm_(V[b : now.start, now].T, E[b : now.start])
             for target in outside:
                 if now.start % target.group == 0:
-                    ahead = slice(now.start, min(now.start + target.group, len(W)))
+                    ahead = slice(now.start, min(now.start + target.group, len(V)))
                     known = S if ahead.stop <= now.stop else carried if now.start == b else carried[:0]
-                    target.begin(_adjusted(W, E, V, ahead, known).T, now.start)
-            _sweep_columns(W, E, S, V, now, mask, rounding)
-    return W.T.contiguous()
+                    target.begin(_adjusted(W, E, V, ahead, known), now.start)
+            _sweep_columns(W, Q, E[now], S, V, now, mask, rounding)
+    return Q
 
 
 def _blocks(columns: int, m: int, groups: list[int]) -> list[list[slice]]:
@@ -154,28 +152,32 @@ def _blocks(columns: int, m: int, groups: list[int]) -> list[list[slice]]:
 
 
 def _adjusted(W: Tensor, E: Tensor, V: Tensor, ahead: slice, carried: Tensor) -> Tensor:
-    """(group, out) weights that a decision on the columns ``ahead`` sees.
+    """(out, group) weights that a decision on the columns ``ahead`` sees.
 
     Args:
         carried: (≥ group, out) Σ E_i V_ik over the earlier columns; computed here if it holds too few columns.
     """
+    if ahead.start == 0:
+        return W[:, ahead]
     if len(carried) < ahead.stop - ahead.start:
         carried = V[: ahead.start, ahead].T @ E[: ahead.start]
     carried = carried[: ahead.stop - ahead.start]
-    if ahead.start == 0:
-        return W[ahead]
+    adjusted = torch.empty_like(carried)
     block = V[ahead, ahead].contiguous().numpy()
-    return torch.from_numpy(sweep_cpu.adjust_columns(W[ahead].numpy(), carried.numpy(), block))
+    sweep_cpu.adjust_columns(W.numpy(), ahead.start, carried.numpy(), block, adjusted.numpy(), torch.get_num_threads())
+    return adjusted.T
 
 
 def _sweep_columns(
-    W: Tensor, E: Tensor, S: Tensor, V: Tensor, now: slice, mask: Mask | None, rounding: Round | None
+    W: Tensor, Q: Tensor, E: Tensor, S: Tensor, V: Tensor, now: slice, mask: Mask | None, rounding: Round | None
 ) -> None:
-    """Hands columns ``now`` of the transposed matrices to the compiled kernel."""
+    """Hands columns ``now`` to the compiled kernel."""
     none = torch.empty(0, 0)
     sweep_cpu.sweep_columns(
-        W[now].numpy(),
-        E[now].numpy(),
+        W.numpy(),
+        Q.numpy(),
+        now.start,
+        E.numpy(),
         S.numpy(),
         V[now, now].contiguous().numpy(),
         (none.bool() if mask is None else mask.keep.T[now]).numpy(),
@@ -184,5 +186,6 @@ def _sweep_columns(
         (none if rounding is None else rounding.scale).numpy(),
         (none if rounding is None else rounding.zero).numpy(),
         (none.long() if rounding is None else rounding.level_of[now]).numpy().reshape(-1),
-        *(np.float32(code) for code in (rounding.grid.range if rounding else (0, 0))),
+        rounding.grid.range if rounding else (0, 0),
+        torch.get_num_threads(),
     )

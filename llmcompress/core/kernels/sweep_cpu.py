@@ -1,48 +1,74 @@
 """The inner block of the optimal-brain sweep on a CPU, compiled by numba.
 
-Rows are independent, so a task is a tile of rows. Everything is stored transposed, (columns, rows): the innermost
-loops then run over the rows of a tile, contiguous and of fixed length, and become vector instructions. Errors of a
-tile live in a small local buffer: in the matrix itself, consecutive columns lie a power of two apart and would fight
-for the same cache lines."""
+Rows are independent, so a task is a tile of rows. Tiles are held transposed, (columns, rows): the innermost loops
+then run over rows, contiguous and of fixed number, and become vector instructions. They are small local copies: in
+the matrices themselves, consecutive columns lie a power of two apart and would fight for the same cache lines."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import numpy as np
-from numba import config as numba_config
-from numba import njit, prange, set_num_threads
+from numba import njit
 
-#: rows per task; a multiple of the widest vector register
+#: rows per tile; a multiple of the widest vector register
 TILE = 128
-#: tasks of the selection
+#: pieces of a selection
 CHUNKS = 16
+#: multiplications and additions may be fused; nothing else is loosened
+FAST = {"contract", "nsz"}
 
 
-def use_threads(count: int) -> None:
-    """Runs the kernels on ``count`` threads, as far as numba was started with so many."""
-    set_num_threads(max(1, min(count, numba_config.NUMBA_NUM_THREADS)))
+def _share(kernel: Callable[..., None], size: int, unit: int, threads: int, *arguments: object) -> None:
+    """Runs ``kernel(first, last, *arguments)`` over ``size`` items in equal spans of whole units, one per thread.
+
+    The kernels release the interpreter's lock. Plain threads, not numba's own: those would spin beside torch's.
+    """
+    units = -(-size // unit)
+    span = -(-units // max(1, min(threads, units))) * unit if units else 1
+    spans = [(first, min(first + span, size)) for first in range(0, size, span)]
+    others = [threading.Thread(target=kernel, args=(*ends, *arguments)) for ends in spans[1:]]
+    for thread in others:
+        thread.start()
+    for ends in spans[:1]:
+        kernel(*ends, *arguments)
+    for thread in others:
+        thread.join()
 
 
-@njit(inline="always")
+@njit(fastmath=FAST)
 def _carry(total, error, V, first, last, k):
     """total += Σ_{first ≤ i < last} error_i V_ik, eight columns at a time so that ``total`` stays in registers."""
-    i = first
-    while i + 8 <= last:
+    tail = last - (last - first) % 8
+    for i in range(first, tail, 8):
+        e0, e1, e2, e3 = error[i], error[i + 1], error[i + 2], error[i + 3]
+        e4, e5, e6, e7 = error[i + 4], error[i + 5], error[i + 6], error[i + 7]
         v0, v1, v2, v3 = V[i, k], V[i + 1, k], V[i + 2, k], V[i + 3, k]
         v4, v5, v6, v7 = V[i + 4, k], V[i + 5, k], V[i + 6, k], V[i + 7, k]
         for r in range(TILE):
-            near = error[i, r] * v0 + error[i + 1, r] * v1 + error[i + 2, r] * v2 + error[i + 3, r] * v3
-            far = error[i + 4, r] * v4 + error[i + 5, r] * v5 + error[i + 6, r] * v6 + error[i + 7, r] * v7
-            total[r] += near + far
-        i += 8
-    while i < last:
-        v = V[i, k]
+            near = e0[r] * v0 + e1[r] * v1 + e2[r] * v2 + e3[r] * v3
+            total[r] += near + (e4[r] * v4 + e5[r] * v5 + e6[r] * v6 + e7[r] * v7)
+    for i in range(tail, last):
+        e0, v0 = error[i], V[i, k]
         for r in range(TILE):
-            total[r] += error[i, r] * v
-        i += 1
+            total[r] += e0[r] * v0
 
 
-@njit(inline="always")
+@njit(fastmath=FAST)
+def _load_rows(tile, matrix, start, width, first):
+    """tile (columns, TILE) from rows ``start`` … of a row-major matrix, columns ``first`` …"""
+    for r in range(width):
+        for k in range(tile.shape[0]):
+            tile[k, r] = matrix[start + r, first + k]
+    for k in range(tile.shape[0]):
+        for r in range(width, TILE):
+            tile[k, r] = 0
+
+
+@njit(fastmath=FAST)
 def _load(tile, matrix, start, width):
+    """tile (columns, TILE) from columns ``start`` … of a transposed matrix."""
     for k in range(matrix.shape[0]):
         for r in range(width):
             tile[k, r] = matrix[k, start + r]
@@ -50,7 +76,23 @@ def _load(tile, matrix, start, width):
             tile[k, r] = 0
 
 
-@njit(inline="always")
+@njit(fastmath=FAST)
+def _store_rows(matrix, tile, start, width, first):
+    """The inverse of `_load_rows`."""
+    for r in range(width):
+        for k in range(tile.shape[0]):
+            matrix[start + r, first + k] = tile[k, r]
+
+
+@njit(fastmath=FAST)
+def _store(matrix, tile, start, width):
+    """The inverse of `_load`."""
+    for k in range(tile.shape[0]):
+        for r in range(width):
+            matrix[k, start + r] = tile[k, r]
+
+
+@njit(fastmath=FAST)
 def _choose(keep, weight, carried, V, free, score, start, n, m):
     """Decides the N:M group of columns ``start`` to ``start + m``: the ``n`` with the highest w² V_kk² stay, where w
     are the weights adjusted for the errors so far and ties go to the later column."""
@@ -70,12 +112,78 @@ def _choose(keep, weight, carried, V, free, score, start, n, m):
             keep[start + c, r] = below >= m - n
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})
-def sweep_columns(weight, error, carried, V, keep, n, m, scale, zero, level_of, low, high):
-    """Sweeps ``c`` columns given what earlier columns carried over.
+@njit(fastmath=FAST)
+def _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, start, width):
+    """Sweeps one tile, all (columns, TILE): ``w`` becomes the values, ``e`` the errors; ``s`` is what was carried."""
+    columns = len(V)
+    step = m if m else 1
+    free, score = np.empty((step, TILE), w.dtype), np.empty((step, TILE), w.dtype)
+    step_size, offset = np.ones(TILE, w.dtype), np.zeros(TILE, w.dtype)
+    rounded = len(scale) > 0
+    for j in range(0, columns, step):
+        for k in range(j, j + step):
+            _carry(s[k], e, V, 0, j, k)
+        if m:
+            _choose(kept, w, s, V, free, score, j, n, m)
+        for k in range(j, j + step):
+            _carry(s[k], e, V, j, k, k)
+            diagonal = V[k, k]
+            if rounded:
+                for r in range(width):
+                    step_size[r] = scale[level_of[k], start + r]
+                    offset[r] = zero[level_of[k], start + r]
+                for r in range(TILE):
+                    x = np.rint((w[k, r] - s[k, r] / diagonal) / step_size[r] + offset[r])
+                    s[k, r] = (min(max(x, low), high) - offset[r]) * step_size[r]
+            else:
+                for r in range(TILE):
+                    s[k, r] = w[k, r] - s[k, r] / diagonal
+            for r in range(TILE):
+                q = s[k, r] if kept[k, r] else np.float32(0)
+                e[k, r] = q - w[k, r]
+                w[k, r] = q
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _sweep_rows(begin, end, weight, values, first, error, carried, V, keep, n, m, scale, zero, level_of, low, high):
+    columns = len(V)
+    w = np.empty((columns, TILE), weight.dtype)
+    s, e = np.empty_like(w), np.empty_like(w)
+    kept = np.ones((columns, TILE), np.bool_)
+    for start in range(begin, end, TILE):
+        width = min(TILE, end - start)
+        _load_rows(w, weight, start, width, first)
+        _load(s, carried, start, width)
+        if len(keep) and not m:
+            _load(kept, keep, start, width)
+        _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, start, width)
+        _store_rows(values, w, start, width, first)
+        _store(error, e, start, width)
+        if m:
+            _store(keep, kept, start, width)
+
+
+def sweep_columns(
+    weight: np.ndarray,
+    values: np.ndarray,
+    first: int,
+    error: np.ndarray,
+    carried: np.ndarray,
+    V: np.ndarray,
+    keep: np.ndarray,
+    n: int,
+    m: int,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    level_of: np.ndarray,
+    codes: tuple[int, int],
+    threads: int,
+) -> None:
+    """Sweeps columns ``first`` to ``first + c`` given what earlier columns carried over.
 
     Args:
-        weight: (c, rows) float32, overwritten by the projected values.
+        weight: (rows, in) float32.
+        values: (rows, in), its columns overwritten by the projected weights.
         error: (c, rows), overwritten by values minus weights.
         carried: (c, rows) Σ E_i V_ik over all earlier columns i.
         V: (c, c) upper triangular block of the factor.
@@ -83,92 +191,68 @@ def sweep_columns(weight, error, carried, V, keep, n, m, scale, zero, level_of, 
         n, m: N:M pattern or zeros; ``m`` divides ``c``.
         scale, zero: (levels, rows) of the quantization grid; no levels if values are not rounded.
         level_of: (c,) which level a column uses.
-        low, high: lowest and highest code.
+        codes: lowest and highest.
     """
-    columns, rows = weight.shape
-    step = m if m else 1
-    masked, rounded = keep.shape[0] > 0, scale.shape[0] > 0
-    for tile in prange((rows + TILE - 1) // TILE):
-        start = tile * TILE
-        width = min(TILE, rows - start)
-        w, s, e = np.empty((3, columns, TILE), weight.dtype)
-        kept = np.ones((columns, TILE), np.bool_)
-        free, score = np.empty((2, step, TILE), weight.dtype)
-        step_size, offset = np.ones((2, TILE), weight.dtype)
-        _load(w, weight, start, width)
+    low, high = np.float32(codes[0]), np.float32(codes[1])
+    arguments = (weight, values, first, error, carried, V, keep, n, m, scale, zero, level_of, low, high)
+    _share(_sweep_rows, len(weight), TILE, threads, *arguments)
+
+
+@njit(fastmath=FAST)
+def _adjust_tile(w, s, V):
+    """w − s V⁻¹ of one tile, both (columns, TILE), in place."""
+    for k in range(len(V)):
+        _carry(s[k], s, V, 0, k, k)
+        inverse = -1 / V[k, k]
+        for r in range(TILE):
+            s[k, r] *= inverse
+            w[k, r] += s[k, r]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _adjust_rows(begin, end, weight, first, carried, V, adjusted):
+    w = np.empty((len(V), TILE), weight.dtype)
+    s = np.empty_like(w)
+    for start in range(begin, end, TILE):
+        width = min(TILE, end - start)
+        _load_rows(w, weight, start, width, first)
         _load(s, carried, start, width)
-        if masked and not m:
-            _load(kept, keep, start, width)
-        for j in range(0, columns, step):
-            for k in range(j, j + step):
-                _carry(s[k], e, V, 0, j, k)
-            if m:
-                _choose(kept, w, s, V, free, score, j, n, m)
-            for k in range(j, j + step):
-                _carry(s[k], e, V, j, k, k)
-                diagonal = V[k, k]
-                if rounded:
-                    for r in range(width):
-                        step_size[r] = scale[level_of[k], start + r]
-                        offset[r] = zero[level_of[k], start + r]
-                    for r in range(TILE):
-                        x = np.rint((w[k, r] - s[k, r] / diagonal) / step_size[r] + offset[r])
-                        q = (min(max(x, low), high) - offset[r]) * step_size[r]
-                        q = q if kept[k, r] else np.float32(0)
-                        e[k, r] = q - w[k, r]
-                        w[k, r] = q
-                else:
-                    for r in range(TILE):
-                        q = w[k, r] - s[k, r] / diagonal
-                        q = q if kept[k, r] else np.float32(0)
-                        e[k, r] = q - w[k, r]
-                        w[k, r] = q
-        for k in range(columns):
-            for r in range(width):
-                weight[k, start + r] = w[k, r]
-                error[k, start + r] = e[k, r]
-                if m:
-                    keep[k, start + r] = kept[k, r]
+        _adjust_tile(w, s, V)
+        _store(adjusted, w, start, width)
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz"})
-def adjust_columns(weight, carried, V):
-    """(c, rows) weights that would cancel what earlier columns carried over: W − S V⁻¹, all (c, rows) but V (c, c)."""
-    columns, rows = weight.shape
-    adjusted = np.empty_like(weight)
-    for tile in prange((rows + TILE - 1) // TILE):
-        start = tile * TILE
-        width = min(TILE, rows - start)
-        e = np.empty((columns, TILE), weight.dtype)
-        _load(e, carried, start, width)
-        for k in range(columns):
-            _carry(e[k], e, V, 0, k, k)
-            inverse = -1 / V[k, k]
-            for r in range(TILE):
-                e[k, r] *= inverse
-            for r in range(width):
-                adjusted[k, start + r] = weight[k, start + r] + e[k, r]
-    return adjusted
+def adjust_columns(
+    weight: np.ndarray, first: int, carried: np.ndarray, V: np.ndarray, adjusted: np.ndarray, threads: int
+) -> None:
+    """Weights that would cancel what earlier columns carried over, W − S V⁻¹.
+
+    Args:
+        weight: (rows, in) float32.
+        first: the first of ``c`` columns.
+        carried: (c, rows) S.
+        V: (c, c) upper triangular block of the factor.
+        adjusted: (c, rows) the result.
+    """
+    _share(_adjust_rows, len(weight), TILE, threads, weight, first, carried, V, adjusted)
 
 
-@njit(parallel=True, cache=True)
-def _histogram(bits, prefix, high_shift, low_shift):
-    """Counts of the bits between the shifts, among scores whose higher bits are ``prefix``; (CHUNKS, 2048)."""
-    counts = np.zeros((CHUNKS, 2048), np.int64)
-    digits = (1 << (high_shift - low_shift)) - 1
+@njit(nogil=True, cache=True)
+def _histogram(begin, end, bits, prefix, high_shift, low_shift, counts):
+    """counts[chunk] of the bits between the shifts, among scores whose higher bits are ``prefix``."""
     size = (bits.size + CHUNKS - 1) // CHUNKS
-    for chunk in prange(CHUNKS):
+    digits = (1 << (high_shift - low_shift)) - 1
+    for chunk in range(begin, end):
+        mine = counts[chunk]
         for i in range(chunk * size, min(bits.size, (chunk + 1) * size)):
             if bits[i] >> high_shift == prefix:
-                counts[chunk, (bits[i] >> low_shift) & digits] += 1
-    return counts
+                mine[(bits[i] >> low_shift) & digits] += 1
 
 
-@njit(parallel=True, cache=True)
-def _above(bits, threshold, ties, keep):
+@njit(nogil=True, cache=True)
+def _above(begin, end, bits, threshold, ties, keep):
     """keep = bits > threshold; of those equal, each chunk drops its first ``ties[chunk]``."""
     size = (bits.size + CHUNKS - 1) // CHUNKS
-    for chunk in prange(CHUNKS):
+    for chunk in range(begin, end):
         left = ties[chunk]
         for i in range(chunk * size, min(bits.size, (chunk + 1) * size)):
             keep[i] = bits[i] > threshold
@@ -177,7 +261,7 @@ def _above(bits, threshold, ties, keep):
                 left -= 1
 
 
-def keep_highest(score: np.ndarray, drop: int) -> np.ndarray:
+def keep_highest(score: np.ndarray, drop: int, threads: int) -> np.ndarray:
     """False for exactly the ``drop`` lowest scores; ties go to the later position.
 
     A radix selection in three passes: floats that are not negative sort like their bits.
@@ -195,12 +279,13 @@ def keep_highest(score: np.ndarray, drop: int) -> np.ndarray:
         return keep.reshape(score.shape)
     prefix, before = 0, 0
     for high_shift, low_shift in ((31, 20), (20, 9), (9, 0)):
-        counts = _histogram(bits, prefix, high_shift, low_shift)
+        counts = np.zeros((CHUNKS, 2048), np.int64)
+        _share(_histogram, CHUNKS, 1, threads, bits, prefix, high_shift, low_shift, counts)
         reached = before + np.cumsum(counts.sum(0))
         bucket = int(np.searchsorted(reached, drop))
         before = int(reached[bucket - 1]) if bucket else before
         prefix = (prefix << (high_shift - low_shift)) | bucket
     equal = counts[:, bucket]
     earlier = np.cumsum(equal) - equal
-    _above(bits, prefix, np.clip(drop - before - earlier, 0, equal), keep)
+    _share(_above, CHUNKS, 1, threads, bits, prefix, np.clip(drop - before - earlier, 0, equal), keep)
     return keep.reshape(score.shape)
