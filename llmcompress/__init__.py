@@ -12,16 +12,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmcompress.api import compress, evaluate, load
+    from llmcompress.api import compress, load
     from llmcompress.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "compress", "evaluate", "load"]
+__all__ = ["Recipe", "__version__", "compress", "load"]
 
 _HOMES = {
     "Recipe": "llmcompress.recipe",
     "compress": "llmcompress.api",
-    "evaluate": "llmcompress.api",
     "load": "llmcompress.api",
 }
 

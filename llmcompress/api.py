@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmcompress.evaluate.divergence import Divergence
 from llmcompress.evaluate.stream import compare
-from llmcompress.export.checkpoint import check_output
+from llmcompress.export.destination import check_output
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.locate import locate, short_name
 from llmcompress.plan import Plan, make_plan

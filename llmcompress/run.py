@@ -14,7 +14,8 @@ from llmcompress.calibration import Calibration, evaluation_rows, token_rows
 from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.card import model_card
-from llmcompress.export.checkpoint import COMPANIONS, RECORD, REMOTE_CODE, CheckpointWriter, check_disk_space
+from llmcompress.export.checkpoint import COMPANIONS, REMOTE_CODE, CheckpointWriter
+from llmcompress.export.destination import RECORD, check_disk_space
 from llmcompress.export.quantized import Scheme, quantization_config, storage_note
 from llmcompress.measure import Phases, peak_memory_bytes, versions
 from llmcompress.model.checkpoint import Checkpoint
@@ -141,7 +142,7 @@ class Run:
             report.seconds_by_phase, report.seconds = self.phases.seconds, self.phases.total
             report.peak_memory_bytes = peak_memory_bytes(source.device)
             report.output = str(target)
-            card = model_card(report, self.recipe.to_yaml(), source.name)
+            card = model_card(report, self.recipe.to_yaml(), source.name, source.folder)
             writer.publish({"report.json": report.to_json() + "\n", "README.md": card})
         return report
 

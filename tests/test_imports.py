@@ -102,9 +102,15 @@ def test_only_the_walk_joins_networks_and_methods() -> None:
     assert joiners <= JOINERS
 
 
-@pytest.mark.parametrize("name", ["compress", "load", "evaluate", "Recipe"])
+@pytest.mark.parametrize("name", ["compress", "load", "Recipe"])
 def test_the_package_offers(name: str) -> None:
     assert callable(getattr(llmcompress, name))
+
+
+def test_no_offered_name_is_that_of_a_module() -> None:
+    """Importing the module would replace the function."""
+    taken = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert not taken & set(llmcompress.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

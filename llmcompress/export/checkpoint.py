@@ -5,23 +5,24 @@ it. Until then, and after any failure, nothing exists under the final name (or, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import UserError
+from llmcompress.export.destination import RECORD, check_output, remove_abandoned
 
 SHARD_BYTES = 5_000_000_000
 """A larger ``add`` is split: the size hubs and loaders are used to."""
-
-RECORD = "llmcompress.json"
-"""The file that marks a folder as this program's own output: only such a folder is ever replaced."""
 
 COMPANIONS = (
     "tokenizer*",  # tokenizer.json, tokenizer_config.json, tokenizer.model
@@ -52,7 +53,8 @@ NEVER_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack
 class CheckpointWriter:
     """Writes one checkpoint folder; use as a context manager and call ``finish`` (or ``seal``, ``publish``) last.
 
-    Leaving the context before, or by an exception, removes everything that was written.
+    Leaving the context before, or by an exception, removes everything that was written; a disk that filled up leaves it
+    as a `UserError`. What a killed process left behind is removed when the next one enters.
 
     Args:
         output: final name of the folder.
@@ -78,17 +80,23 @@ class CheckpointWriter:
         missing = [self.output.parent, *self.output.parent.parents]
         self._made_parents = [folder for folder in missing if not folder.exists()]
         self.output.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self.output.parent, f".{self.output.name}.partial-")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not self.partial.exists():
-            return
-        shutil.rmtree(self.partial, ignore_errors=True)
-        for folder in self._made_parents:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.partial.exists():
+            shutil.rmtree(self.partial, ignore_errors=True)
+            for folder in self._made_parents:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+        if _is_full_disk(error):
+            raise UserError(
+                "the disk is full", str(self.output), "free some space or choose another --output"
+            ) from error
 
     @property
     def shard_names(self) -> list[str]:
@@ -117,6 +125,7 @@ class CheckpointWriter:
         for names in _split(tensors, self.shard_bytes):
             path = self.partial / _temporary(len(self._shards))
             save_file(_plain(tensors, names), path, {"format": "pt"})
+            path.chmod(self.partial.stat().st_mode & 0o666)  # safetensors lets only the owner read it
             _sync(path)
             self._digests.append(_sha256(path))
             self._shards.append(names)
@@ -194,57 +203,11 @@ class CheckpointWriter:
             shutil.rmtree(old)
 
 
-def check_output(output: Path, force: bool = False, source: Path | None = None) -> None:
-    """Refuses an output folder that could not, or should not, be written; call it before any work.
-
-    Raises:
-        UserError: it exists (without ``force``), is not this program's own output (with ``force``), is the input
-            model or holds it, or its parent cannot be written.
-    """
-    output = Path(output)
-    where = str(output)
-    if source is not None and Path(source).exists():
-        model = Path(source).resolve()
-        if output.resolve() == model or output.resolve() in model.parents:
-            raise UserError("would overwrite the input model", where, "choose another --output")
-    if output.is_symlink() or output.exists():
-        _check_replaceable(output, force)
-    parent = _nearest_existing(output.absolute().parent)
-    if not parent.is_dir():
-        raise UserError(f"{parent} is not a folder", where, "choose another --output")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"no permission to write into {parent}", where, "choose another --output")
-
-
-def check_disk_space(path: Path, needed_bytes: int) -> None:
-    """Refuses to start what the disk cannot hold.
-
-    Raises:
-        UserError: the file system that will hold ``path`` has fewer than ``needed_bytes`` free.
-    """
-    free = shutil.disk_usage(_nearest_existing(Path(path).absolute())).free
-    if free < needed_bytes:
-        raise UserError(
-            f"needs about {needed_bytes / 1e9:.2f} GB but only {free / 1e9:.2f} GB of disk space are free",
-            str(path),
-            "free some space or choose another --output",
-        )
-
-
-def _check_replaceable(output: Path, force: bool) -> None:
-    if not force:
-        raise UserError("already exists", str(output), "choose another --output, or replace it with --force")
-    ours = not output.is_symlink() and output.is_dir()
-    if not ours or (any(output.iterdir()) and not (output / RECORD).is_file()):
-        raise UserError(
-            f"is not an output of this program (no {RECORD} in it), so --force does not replace it",
-            str(output),
-            "remove it yourself or choose another --output",
-        )
-
-
-def _nearest_existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+def _is_full_disk(error: BaseException | None) -> bool:
+    """The safetensors library tells the system's error in words only."""
+    if isinstance(error, SafetensorError):
+        return f"os error {errno.ENOSPC}" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _temporary(index: int) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llmcompress.errors import UserError
-from llmcompress.export.checkpoint import REMOTE_CODE, CheckpointWriter, check_disk_space, check_output
+from llmcompress.export.checkpoint import REMOTE_CODE, CheckpointWriter
+from llmcompress.export.destination import check_disk_space, check_output
 from llmcompress.runtime.loading import load
 
 FILES = {"config.json": "{}", "llmcompress.json": "{}"}
@@ -112,6 +117,46 @@ def test_a_name_is_written_once(tmp_path):
         writer.add({"a": torch.zeros(1)})
         with pytest.raises(ValueError, match="a was already written"):
             writer.add({"a": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_are_as_readable_as_the_umask_allows(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "out", shards=2)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_running_one_writes_is_kept(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    kept = [
+        f".out.partial-{os.getppid()}",
+        ".out.partial-notes",
+        f".other.partial-{gone.pid}",
+        f"out.partial-{gone.pid}",
+    ]
+    for name in [f".out.partial-{gone.pid}", *kept]:
+        (tmp_path / name).mkdir()
+    write(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out"])
+
+
+FULL = [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: ... (os error 28)")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["OSError", "SafetensorError"])
+def test_a_disk_that_fills_up_is_told_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("llmcompress.export.checkpoint.save_file", full)
+    with pytest.raises(UserError, match="the disk is full"), CheckpointWriter(tmp_path / "out") as writer:
+        writer.add({"a": torch.zeros(1)})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -1,0 +1,86 @@
+"""Where a result may be written: checked before any work, so that nobody waits for a run that cannot be saved."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+from pathlib import Path
+
+from llmcompress.errors import UserError
+
+RECORD = "llmcompress.json"
+"""The file that marks a folder as this program's own output: only such a folder is ever replaced."""
+
+
+def check_output(output: Path, force: bool = False, source: Path | None = None) -> None:
+    """Refuses an output folder that could not, or should not, be written; call it before any work.
+
+    Raises:
+        UserError: it exists (without ``force``), is not this program's own output (with ``force``), is the input
+            model or holds it, or its parent cannot be written.
+    """
+    output = Path(output)
+    where = str(output)
+    if source is not None and Path(source).exists():
+        model = Path(source).resolve()
+        if output.resolve() == model or output.resolve() in model.parents:
+            raise UserError("would overwrite the input model", where, "choose another --output")
+    if output.is_symlink() or output.exists():
+        _check_replaceable(output, force)
+    parent = _nearest_existing(output.absolute().parent)
+    if not parent.is_dir():
+        raise UserError(f"{parent} is not a folder", where, "choose another --output")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"no permission to write into {parent}", where, "choose another --output")
+
+
+def check_disk_space(path: Path, needed_bytes: int) -> None:
+    """Refuses to start what the disk cannot hold.
+
+    Raises:
+        UserError: the file system that will hold ``path`` has fewer than ``needed_bytes`` free.
+    """
+    free = shutil.disk_usage(_nearest_existing(Path(path).absolute())).free
+    if free < needed_bytes:
+        raise UserError(
+            f"needs about {needed_bytes / 1e9:.2f} GB but only {free / 1e9:.2f} GB of disk space are free",
+            str(path),
+            "free some space or choose another --output",
+        )
+
+
+def _check_replaceable(output: Path, force: bool) -> None:
+    if not force:
+        raise UserError("already exists", str(output), "choose another --output, or replace it with --force")
+    ours = not output.is_symlink() and output.is_dir()
+    if not ours or (any(output.iterdir()) and not (output / RECORD).is_file()):
+        raise UserError(
+            f"is not an output of this program (no {RECORD} in it), so --force does not replace it",
+            str(output),
+            "remove it yourself or choose another --output",
+        )
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Removes folders ``prefix + process number`` whose process runs no longer: it was killed while it wrote."""
+    for folder in parent.glob(f"{glob.escape(prefix)}*"):
+        if not _runs(folder.name.removeprefix(prefix)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: str) -> bool:
+    """Whether a process of this number runs; yes where that cannot be told."""
+    if os.name != "posix" or not pid.isdecimal():
+        return True
+    try:
+        os.kill(int(pid), 0)  # asks, and sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
