@@ -12,9 +12,12 @@ papers; `sweep` is the same in blocks of columns: one matrix product per block, 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -108,6 +111,8 @@ def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Ro
         factor: of the damped Gram matrix, float32.
         mask, rounding: hold their decisions afterwards.
 
+    Devices for which there is no kernel, and other dtypes, take the reference.
+
     Returns:
         (out, in) Q: exact zeros, values on the grid.
 
@@ -115,10 +120,10 @@ def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Ro
         UserError: a quantization group cuts through an N:M group.
     """
     targets: list[ColumnTarget] = [t for t in (mask, rounding) if t is not None]
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.dtype != torch.float32 or kernels_for(weight.device) is None:
         return sweep_reference(weight, factor, targets)
     V, W = factor.V, weight.contiguous()
-    Q, E = torch.empty_like(W), torch.empty(W.shape[1], W.shape[0])  # E is transposed: (in, out)
+    Q, E = torch.empty_like(W), W.new_empty(W.shape[1], W.shape[0])  # E is transposed: (in, out)
     outside = [t for t in targets if t.group and not (t is mask and mask.sparsity.m)]
     for block in _blocks(len(V), mask.sparsity.m if mask else 0, [t.group for t in outside]):
         b = block[0].start
@@ -163,8 +168,8 @@ def _adjusted(W: Tensor, E: Tensor, V: Tensor, ahead: slice, carried: Tensor) ->
         carried = V[: ahead.start, ahead].T @ E[: ahead.start]
     carried = carried[: ahead.stop - ahead.start]
     adjusted = torch.empty_like(carried)
-    block = V[ahead, ahead].contiguous().numpy()
-    sweep_cpu.adjust_columns(W.numpy(), ahead.start, carried.numpy(), block, adjusted.numpy(), torch.get_num_threads())
+    block = V[ahead, ahead].contiguous()
+    kernels_for(W.device).adjust_columns(W, ahead.start, carried, block, adjusted)
     return adjusted.T
 
 
@@ -172,20 +177,20 @@ def _sweep_columns(
     W: Tensor, Q: Tensor, E: Tensor, S: Tensor, V: Tensor, now: slice, mask: Mask | None, rounding: Round | None
 ) -> None:
     """Hands columns ``now`` to the compiled kernel."""
-    none = torch.empty(0, 0)
-    sweep_cpu.sweep_columns(
-        W.numpy(),
-        Q.numpy(),
-        now.start,
-        E.numpy(),
-        S.numpy(),
-        V[now, now].contiguous().numpy(),
-        (none.bool() if mask is None else mask.keep.T[now]).numpy(),
-        mask.sparsity.n if mask else 0,
-        mask.sparsity.m if mask else 0,
-        (none if rounding is None else rounding.scale).numpy(),
-        (none if rounding is None else rounding.zero).numpy(),
-        (none.long() if rounding is None else rounding.level_of[now]).numpy().reshape(-1),
-        rounding.grid.range if rounding else (0, 0),
-        torch.get_num_threads(),
-    )
+    none = torch.empty(0, 0, device=W.device)
+    n, m = (mask.sparsity.n, mask.sparsity.m) if mask else (0, 0)
+    keep = mask.keep.T[now] if mask else none.bool()
+    scale, zero = (rounding.scale, rounding.zero) if rounding else (none, none)
+    level_of = rounding.level_of[now] if rounding else none.long().view(-1)
+    codes = rounding.grid.range if rounding else (0, 0)
+    block = V[now, now].contiguous()
+    kernels_for(W.device).sweep_columns(W, Q, now.start, E, S, block, keep, n, m, scale, zero, level_of, codes)
+
+
+def kernels_for(device: torch.device) -> ModuleType | None:
+    """The module of compiled kernels for a device: numba's on a CPU, Triton's on CUDA where it is installed."""
+    if device.type == "cpu":
+        return sweep_cpu
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return importlib.import_module("llmcompress.core.kernels.sweep_cuda")
+    return None

@@ -130,7 +130,7 @@ class Round:
 def _keep_highest(score: Tensor, drop: int) -> Tensor:
     """False for exactly the ``drop`` lowest of all non-negative scores."""
     if score.device.type == "cpu" and score.dtype == torch.float32:
-        return torch.from_numpy(sweep_cpu.keep_highest(score.contiguous().numpy(), drop, torch.get_num_threads()))
+        return sweep_cpu.keep_highest(score.contiguous(), drop)
     keep = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
     keep[torch.topk(score.flatten(), drop, largest=False, sorted=False).indices] = False
     return keep.view_as(score)

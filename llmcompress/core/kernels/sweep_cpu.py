@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numba import njit
+from torch import Tensor
 
 #: rows per tile; a multiple of the widest vector register
 TILE = 128
@@ -164,20 +166,19 @@ def _sweep_rows(begin, end, weight, values, first, error, carried, V, keep, n, m
 
 
 def sweep_columns(
-    weight: np.ndarray,
-    values: np.ndarray,
+    weight: Tensor,
+    values: Tensor,
     first: int,
-    error: np.ndarray,
-    carried: np.ndarray,
-    V: np.ndarray,
-    keep: np.ndarray,
+    error: Tensor,
+    carried: Tensor,
+    V: Tensor,
+    keep: Tensor,
     n: int,
     m: int,
-    scale: np.ndarray,
-    zero: np.ndarray,
-    level_of: np.ndarray,
+    scale: Tensor,
+    zero: Tensor,
+    level_of: Tensor,
     codes: tuple[int, int],
-    threads: int,
 ) -> None:
     """Sweeps columns ``first`` to ``first + c`` given what earlier columns carried over.
 
@@ -193,9 +194,9 @@ def sweep_columns(
         level_of: (c,) which level a column uses.
         codes: lowest and highest.
     """
-    low, high = np.float32(codes[0]), np.float32(codes[1])
-    arguments = (weight, values, first, error, carried, V, keep, n, m, scale, zero, level_of, low, high)
-    _share(_sweep_rows, len(weight), TILE, threads, *arguments)
+    into = (weight.numpy(), values.numpy(), first, error.numpy(), carried.numpy(), V.numpy(), keep.numpy(), n, m)
+    grid = (scale.numpy(), zero.numpy(), level_of.numpy(), np.float32(codes[0]), np.float32(codes[1]))
+    _share(_sweep_rows, len(weight), TILE, torch.get_num_threads(), *into, *grid)
 
 
 @njit(fastmath=FAST)
@@ -221,9 +222,7 @@ def _adjust_rows(begin, end, weight, first, carried, V, adjusted):
         _store(adjusted, w, start, width)
 
 
-def adjust_columns(
-    weight: np.ndarray, first: int, carried: np.ndarray, V: np.ndarray, adjusted: np.ndarray, threads: int
-) -> None:
+def adjust_columns(weight: Tensor, first: int, carried: Tensor, V: Tensor, adjusted: Tensor) -> None:
     """Weights that would cancel what earlier columns carried over, W − S V⁻¹.
 
     Args:
@@ -233,7 +232,8 @@ def adjust_columns(
         V: (c, c) upper triangular block of the factor.
         adjusted: (c, rows) the result.
     """
-    _share(_adjust_rows, len(weight), TILE, threads, weight, first, carried, V, adjusted)
+    arguments = (weight.numpy(), first, carried.numpy(), V.numpy(), adjusted.numpy())
+    _share(_adjust_rows, len(weight), TILE, torch.get_num_threads(), *arguments)
 
 
 @njit(nogil=True, cache=True)
@@ -261,7 +261,7 @@ def _above(begin, end, bits, threshold, ties, keep):
                 left -= 1
 
 
-def keep_highest(score: np.ndarray, drop: int, threads: int) -> np.ndarray:
+def keep_highest(score: Tensor, drop: int) -> Tensor:
     """False for exactly the ``drop`` lowest scores; ties go to the later position.
 
     A radix selection in three passes: floats that are not negative sort like their bits.
@@ -273,10 +273,11 @@ def keep_highest(score: np.ndarray, drop: int, threads: int) -> np.ndarray:
     Returns:
         bool, shaped like ``score``.
     """
-    bits = score.reshape(-1).view(np.int32)
+    bits = score.numpy().reshape(-1).view(np.int32)
+    threads = torch.get_num_threads()
     keep = np.ones(bits.shape, np.bool_)
     if drop <= 0:
-        return keep.reshape(score.shape)
+        return torch.from_numpy(keep).view(score.shape)
     prefix, before = 0, 0
     for high_shift, low_shift in ((31, 20), (20, 9), (9, 0)):
         counts = np.zeros((CHUNKS, 2048), np.int64)
@@ -288,4 +289,4 @@ def keep_highest(score: np.ndarray, drop: int, threads: int) -> np.ndarray:
     equal = counts[:, bucket]
     earlier = np.cumsum(equal) - equal
     _share(_above, CHUNKS, 1, threads, bits, prefix, np.clip(drop - before - earlier, 0, equal), keep)
-    return keep.reshape(score.shape)
+    return torch.from_numpy(keep).view(score.shape)
