@@ -1,7 +1,8 @@
-"""Token rows to calibrate and to evaluate on: from a text, from documents, or written by the model itself.
+"""Token rows to calibrate and to evaluate on: from a text, from documents, as they are, or written by the model itself.
 
 A text is tokenised in one piece and cut into rows of T tokens without overlap, as the papers do: the first N rows are
-the calibration set. Documents are tokenised one by one and joined with the end-of-sequence token."""
+the calibration set. Documents are tokenised one by one and joined with the end-of-sequence token. Rows that are tokens
+already come from a safetensors file, so that another program can be given the very same ones."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
@@ -18,10 +20,13 @@ from llmcompress.documents import Record, dataset_records, document_tokens, json
 from llmcompress.errors import UserError
 from llmcompress.sampling import check_length, self_samples
 
-__all__ = ["EVALUATION_TOKENS", "SELF", "Calibration", "evaluation_rows", "self_samples", "token_rows"]
+__all__ = ["EVALUATION_TOKENS", "ROWS", "SELF", "Calibration", "evaluation_rows", "self_samples", "token_rows"]
 
 #: the source that needs no data
 SELF = "self"
+#: the tensor that a safetensors file of token rows holds, (N, T) int64
+ROWS = "input_ids"
+_SUFFIXES = (".txt", ".jsonl", ".safetensors")
 #: an evaluation reads at most this many tokens, in whole rows: 119 rows of 512
 EVALUATION_TOKENS = 119 * 512
 #: tokens before the cut that may come out otherwise when only the beginning of a text is tokenised
@@ -33,15 +38,16 @@ class Calibration:
     """Which rows to calibrate on.
 
     Attributes:
-        source: ``self``, ``FILE.txt``, ``FILE.jsonl``, or a data set ``NAME[:split]`` or ``NAME:config:split`` that
-            the ``datasets`` library reads, on the Hub or in a folder; the split is ``train`` if not given.
+        source: ``self``, ``FILE.txt``, ``FILE.jsonl``, ``FILE.safetensors`` with ``input_ids``, or a data set
+            ``NAME[:split]`` or ``NAME:config:split`` that the ``datasets`` library reads, on the Hub or in a folder;
+            the split is ``train`` if not given.
         samples: number of rows.
         length: tokens per row.
         seed: of the model's own samples; not negative. Texts are read from their beginning, whatever the seed.
     """
 
     source: str = SELF
-    samples: int = 64
+    samples: int = 32
     length: int = 512
     seed: int = 0
 
@@ -66,8 +72,8 @@ def token_rows(
         trust_remote_code: run code that came with the checkpoint.
 
     Raises:
-        UserError: the source is unknown, missing, unreadable or too short, the folder has no tokenizer, or the model
-            has fewer positions than a row.
+        UserError: the source is unknown, missing, unreadable or too short, the folder has no tokenizer, the model
+            has fewer positions than a row, or stored rows are not int64 rows of that length in its vocabulary.
     """
     if calibration.source == SELF:
         request = (calibration.samples, calibration.length, calibration.seed)
@@ -110,23 +116,57 @@ def evaluation_rows(
 def _read(source: str, folder: Path, needed: int, length: int, trust_remote_code: bool) -> list[int]:
     """Token ids of a source: ``needed`` or more if it has as many, else all of them."""
     path = Path(source)
-    if path.suffix in (".txt", ".jsonl") and not path.is_file():
+    if path.suffix in _SUFFIXES and not path.is_file():
         raise UserError("no such file", source, "check the path")
-    if path.is_file() and path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"unknown kind of file '{path.suffix}'", source, "give a .txt or .jsonl file")
+    if path.is_file() and path.suffix not in _SUFFIXES:
+        raise UserError(f"unknown kind of file '{path.suffix}'", source, "give a .txt, .jsonl or .safetensors file")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     check_length(config, length)
+    vocabulary = config.get_text_config().vocab_size
+    if path.suffix == ".safetensors":
+        return _stored_tokens(path, length, vocabulary)[:needed]
     tokenizer = _tokenizer(folder, trust_remote_code)
     if path.suffix == ".txt":
         ids = _text_tokens(path, tokenizer, needed)
     else:
         ids = _joined(jsonl_records(path) if path.is_file() else dataset_records(source), tokenizer, needed, source)
-    vocabulary = config.get_text_config().vocab_size
     if ids and max(ids) >= vocabulary:
         raise UserError(
             f"the tokenizer gives token {max(ids)}, the model knows {vocabulary}", str(folder),
             "give the tokenizer that belongs to the model",
         )  # fmt: skip
+    return ids
+
+
+def _stored_tokens(path: Path, length: int, vocabulary: int) -> list[int]:
+    """Token ids of the rows in a safetensors file, one row after the other."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            rows = file.get_tensor(ROWS) if ROWS in names else None
+    except SafetensorError as error:
+        raise UserError(f"is not a safetensors file ({error})", str(path), "write it again") from None
+    if rows is None:
+        raise UserError(
+            f"holds no tensor {ROWS}, but {', '.join(sorted(names)) or 'nothing'}", str(path),
+            f"store the rows as {ROWS}, (rows, tokens) int64",
+        )  # fmt: skip
+    if rows.dtype != torch.int64 or rows.ndim != 2:
+        kind = str(rows.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{ROWS} is {kind} of shape {tuple(rows.shape)}", str(path), "store int64 of shape (rows, tokens)"
+        )
+    if rows.shape[1] != length:
+        raise UserError(
+            f"its rows have {rows.shape[1]} tokens, not {length}", str(path), f"use --length {rows.shape[1]}"
+        )
+    outside = rows[(rows < 0) | (rows >= vocabulary)]
+    if len(outside):
+        raise UserError(
+            f"token {int(outside[0])}, but the model knows 0 to {vocabulary - 1}", str(path),
+            "give rows that the model's own tokenizer made",
+        )  # fmt: skip
+    ids: list[int] = rows.flatten().tolist()
     return ids
 
 

@@ -129,7 +129,7 @@ def _parse(source: str) -> tuple[str, str | None, str]:
     if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(
             "neither 'self' nor a file, a folder or a data set", source,
-            "use self, FILE.txt, FILE.jsonl or NAME[:split]",
+            "use self, FILE.txt, FILE.jsonl, FILE.safetensors or NAME[:split]",
         )  # fmt: skip
     if len(words) > 2 or not all(words):
         raise UserError("too many or empty parts", source, "write NAME, NAME:split or NAME:config:split")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -64,6 +65,40 @@ def test_an_evaluation_takes_whole_rows_up_to_its_limit(folder: Path, tmp_path: 
     assert evaluation_rows(file, folder, 16, max_tokens=3).shape == (1, 16)
     with pytest.raises(UserError, match=r"book.txt: 3 tokens, but one row of 16 needs 16"):
         file.write_text("w1 w2") and evaluation_rows(file, folder, 16)
+
+
+def test_stored_rows_are_taken_as_they_are(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)  # and no tokenizer
+    rows = torch.randint(96, (6, 16), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": rows, "attention_mask": torch.ones(6, 16)}, tmp_path / "rows.safetensors")
+    file = str(tmp_path / "rows.safetensors")
+    assert torch.equal(token_rows(Calibration(file, 6, 16), tmp_path), rows)
+    assert torch.equal(token_rows(Calibration(file, 2, 16), tmp_path), rows[:2])
+    assert torch.equal(evaluation_rows(file, tmp_path, 16), rows)
+    assert torch.equal(evaluation_rows(file, tmp_path, 16, max_tokens=40), rows[:2])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"tokens": torch.zeros(4, 16)}, "holds no tensor input_ids, but tokens; store the rows as input_ids"),
+        ({"input_ids": torch.zeros(4, 16, dtype=torch.int32)}, "input_ids is int32 of shape (4, 16); store int64"),
+        ({"input_ids": torch.zeros(64, dtype=torch.int64)}, "input_ids is int64 of shape (64,); store int64 of shape"),
+        ({"input_ids": torch.zeros(4, 8, dtype=torch.int64)}, "its rows have 8 tokens, not 16; use --length 8"),
+        ({"input_ids": torch.zeros(2, 16, dtype=torch.int64)}, "32 tokens, but 4 rows of 16 need 64"),
+        ({"input_ids": torch.full((4, 16), 96)}, "token 96, but the model knows 0 to 95"),
+        ({"input_ids": torch.full((4, 16), -100)}, "token -100, but the model knows 0 to 95"),
+        (None, "is not a safetensors file"),
+    ],
+)
+def test_bad_stored_rows_are_one_line(
+    folder: Path, tmp_path: Path, tensors: dict[str, torch.Tensor] | None, message: str
+) -> None:
+    file = tmp_path / "rows.safetensors"
+    file.write_text("w1 w2") if tensors is None else save_file(tensors, file)
+    with pytest.raises(UserError) as caught:
+        token_rows(Calibration(str(file), 4, 16), folder)
+    assert str(caught.value).startswith(str(file)) and message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_documents_are_joined_with_end_of_sequence(folder: Path, tmp_path: Path) -> None:
@@ -152,6 +187,7 @@ def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:
     [
         ("missing.txt", "missing.txt: no such file"),
         ("far/away/missing.jsonl", "no such file"),
+        ("missing.safetensors", "no such file"),
         ("/no/such/folder", "neither 'self' nor a file"),
         ("what is this", "neither 'self' nor a file"),
         ("name:a:b:c", "too many or empty parts"),
