@@ -105,7 +105,7 @@ def _compress_parser() -> argparse.ArgumentParser:
 
     data = parser.add_argument_group("calibration and evaluation")
     add = data.add_argument
-    add("--calibration", default="self", metavar="self|FILE.txt|FILE.jsonl|DATASET[:split]",
+    add("--calibration", default="self", metavar="self|FILE.txt|FILE.jsonl|FILE.safetensors|DATASET[:split]",
         help="text the model is calibrated on; 'self' samples the model (default)")  # fmt: skip
     add("--samples", type=int, default=64, metavar="N", help="calibration rows (default: 64)")
     add("--length", type=int, default=512, metavar="L", help="tokens per row (default: 512)")

@@ -40,7 +40,7 @@ class Options:
     """Everything about a run but the model and the recipe.
 
     Attributes:
-        calibration: ``self``, a text or JSONL file, or ``DATASET[:split]``.
+        calibration: ``self``, a text or JSONL file, a safetensors file of token rows, or ``DATASET[:split]``.
         samples, length: calibration rows and tokens per row.
         eval_text: file on which the result is judged; None takes held-out samples of the model itself.
         evaluate: False leaves perplexity and divergence out.
