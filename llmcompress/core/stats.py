@@ -13,6 +13,11 @@ from torch import Tensor
 #: what a method may ask for
 KINDS = frozenset({"absmax", "low", "high", "mean", "mean_abs", "squares", "gram", "cross", "rows"})
 
+#: from this width on the symmetric update of BLAS is faster on a CPU
+SYRK_WIDTH = 1024
+#: columns of the products that make up a narrower Gram matrix
+GRAM_BLOCK = 256
+
 
 class InputStats:
     """Float32 statistics over ``count`` rows of ``width`` inputs.
@@ -156,14 +161,16 @@ class InputStats:
 def add_gram(total: Tensor, x: Tensor) -> None:
     """``total += xᵀx`` for float32 ``x`` (tokens, in); only the upper triangle of ``total`` counts.
 
-    On a CPU that is BLAS's symmetric rank-k update: half the work of a matrix product, in full float32.
+    Half the work of a matrix product: BLAS's symmetric update on a CPU, or products of blocks of columns. Narrow
+    matrices take the blocks on a CPU too: waking the threads of a second library would cost more than it saves.
     """
-    if x.device.type != "cpu":
-        total.addmm_(x.T, x)
+    width = x.shape[1]
+    if x.device.type == "cpu" and width >= SYRK_WIDTH:
+        # row-major upper is column-major lower; the update happens inside of ``total``
+        ssyrk(1.0, x.contiguous().numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1, lower=1)
         return
-    x = x.contiguous()
-    # row-major upper is column-major lower; the update happens inside of ``total``
-    ssyrk(1.0, x.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1, lower=1)
+    for i in range(0, width, GRAM_BLOCK):
+        total[i : i + GRAM_BLOCK, i:].addmm_(x[:, i : i + GRAM_BLOCK].T, x[:, i:])
 
 
 def mirror(matrix: Tensor, block: int = 512) -> Tensor:

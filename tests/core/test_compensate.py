@@ -95,9 +95,10 @@ def test_cross_statistics_need_dense_rows():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gram_is_the_sum_over_micro_batches(dtype):
-    x = rows(300, 600).to(dtype)
-    stats, other = InputStats(600, {"gram"}), InputStats(600, {"gram"})
+@pytest.mark.parametrize("width", [100, 600, 1100])
+def test_gram_is_the_sum_over_micro_batches(dtype, width):
+    x = rows(300, width).to(dtype)
+    stats, other = InputStats(width, {"gram"}), InputStats(width, {"gram"})
     stats.update(x[:100])
     stats.update(x[100:150].flip(0)[:, ::1])
     other.update(x[150:].T.contiguous().T)  # rows that are not contiguous
