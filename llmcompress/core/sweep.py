@@ -120,7 +120,8 @@ def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Ro
         UserError: a quantization group cuts through an N:M group.
     """
     targets: list[ColumnTarget] = [t for t in (mask, rounding) if t is not None]
-    if weight.dtype != torch.float32 or kernels_for(weight.device) is None:
+    kernels = kernels_for(weight.device)
+    if weight.dtype != torch.float32 or kernels is None:
         return sweep_reference(weight, factor, targets)
     V, W = factor.V, weight.contiguous()
     Q, E = torch.empty_like(W), W.new_empty(W.shape[1], W.shape[0])  # E is transposed: (in, out)
@@ -136,8 +137,8 @@ def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Ro
                 if now.start % target.group == 0:
                     ahead = slice(now.start, min(now.start + target.group, len(V)))
                     known = S if ahead.stop <= now.stop else carried if now.start == b else carried[:0]
-                    target.begin(_adjusted(W, E, V, ahead, known), now.start)
-            _sweep_columns(W, Q, E[now], S, V, now, mask, rounding)
+                    target.begin(_adjusted(kernels, W, E, V, ahead, known), now.start)
+            _sweep_columns(kernels, W, Q, E[now], S, V, now, mask, rounding)
     return Q
 
 
@@ -156,7 +157,7 @@ def _blocks(columns: int, m: int, groups: list[int]) -> list[list[slice]]:
     return blocks
 
 
-def _adjusted(W: Tensor, E: Tensor, V: Tensor, ahead: slice, carried: Tensor) -> Tensor:
+def _adjusted(kernels: ModuleType, W: Tensor, E: Tensor, V: Tensor, ahead: slice, carried: Tensor) -> Tensor:
     """(out, group) weights that a decision on the columns ``ahead`` sees.
 
     Args:
@@ -169,12 +170,20 @@ def _adjusted(W: Tensor, E: Tensor, V: Tensor, ahead: slice, carried: Tensor) ->
     carried = carried[: ahead.stop - ahead.start]
     adjusted = torch.empty_like(carried)
     block = V[ahead, ahead].contiguous()
-    kernels_for(W.device).adjust_columns(W, ahead.start, carried, block, adjusted)
+    kernels.adjust_columns(W, ahead.start, carried, block, adjusted)
     return adjusted.T
 
 
 def _sweep_columns(
-    W: Tensor, Q: Tensor, E: Tensor, S: Tensor, V: Tensor, now: slice, mask: Mask | None, rounding: Round | None
+    kernels: ModuleType,
+    W: Tensor,
+    Q: Tensor,
+    E: Tensor,
+    S: Tensor,
+    V: Tensor,
+    now: slice,
+    mask: Mask | None,
+    rounding: Round | None,
 ) -> None:
     """Hands columns ``now`` to the compiled kernel."""
     none = torch.empty(0, 0, device=W.device)
@@ -184,7 +193,7 @@ def _sweep_columns(
     level_of = rounding.level_of[now] if rounding else none.long().view(-1)
     codes = rounding.grid.range if rounding else (0, 0)
     block = V[now, now].contiguous()
-    kernels_for(W.device).sweep_columns(W, Q, now.start, E, S, block, keep, n, m, scale, zero, level_of, codes)
+    kernels.sweep_columns(W, Q, now.start, E, S, block, keep, n, m, scale, zero, level_of, codes)
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:

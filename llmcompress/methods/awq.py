@@ -40,8 +40,8 @@ class AWQ(Method):
     needs = frozenset({"mean_abs", "gram"})
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
-        grid = next((m.weights for m in rest if isinstance(getattr(m, "weights", None), QuantGrid)), None)
-        if grid is None:
+        grid = next((getattr(m, "weights", None) for m in rest if m.stage == "quantize"), None)
+        if not isinstance(grid, QuantGrid):
             raise UserError("awq scales for a quantize stage, and none follows", "smooth", "add a quantize stage")
         if self.clip and grid.group == "tensor":
             raise UserError("one scale per tensor cannot follow clipped rows", "smooth.clip", "set clip: false")
@@ -77,7 +77,7 @@ def rounding_error(W: Tensor, s: Tensor, H: Tensor, grid: QuantGrid, scale_dtype
 def clipped(W: Tensor, H: Tensor, grid: QuantGrid, scale_dtype: torch.dtype) -> Tensor:
     """``W`` (out, in) with each group clamped to the share of its range, 100 % down to 55 %, that rounds best."""
     size = grid.group_size(W.shape[1])
-    pieces = []
+    pieces: list[Tensor] = []
     for columns in W.split(size, dim=1):
         first = len(pieces) * size
         H_group = H[first : first + size, first : first + size]
