@@ -51,9 +51,7 @@ def compress(
         UserError: bad input; nothing has been written then.
     """
     options = options or Options()
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
-    source = Source(model, options)
-    target = _target(source, recipe, output, force)
+    source, recipe, target = _prepare(model, recipe, output, options, overrides, force)
     with progress or Progress(silent=True) as shown:
         return Run(source, recipe, options, shown, command).execute(target, force)
 
@@ -69,9 +67,7 @@ def plan(
 ) -> Plan:
     """What `compress` would do with the same arguments: blocks, input groups, folds, memory, size. Writes nothing."""
     options = options or Options()
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
-    source = Source(model, options)
-    _target(source, recipe, output, force)
+    source, recipe, _ = _prepare(model, recipe, output, options, overrides, force)
     return make_plan(source.open(), recipe, options.samples, options.length)
 
 
@@ -92,8 +88,18 @@ def evaluate(
     return compare(dense, source.open(result), tokens)
 
 
-def _target(source: Source, recipe: Recipe, output: str | Path | None, force: bool) -> Path:
-    """The output folder, by default ``compressed/<model>-<recipe>``, checked before anything is loaded."""
-    target = Path(output) if output else Path("compressed") / f"{short_name(source.name)}-{recipe.name}"
+def _prepare(
+    model: str | Path,
+    recipe: str | Path | Recipe,
+    output: str | Path | None,
+    options: Options,
+    overrides: Iterable[str],
+    force: bool,
+) -> tuple[Source, Recipe, Path]:
+    """Everything that can be refused, in the order of its cost: the recipe and the output folder before the model."""
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
+    target = Path("compressed") / f"{short_name(str(model))}-{recipe.name}" if output is None else Path(output)
+    check_output(target, force)
+    source = Source(model, options)
     check_output(target, force, source.folder)
-    return target
+    return source, recipe, target

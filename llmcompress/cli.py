@@ -107,14 +107,15 @@ def _compress_parser() -> argparse.ArgumentParser:
     add = data.add_argument
     add("--calibration", default="self", metavar="self|FILE.txt|FILE.jsonl|FILE.safetensors|DATASET[:split]",
         help="text the model is calibrated on; 'self' samples the model (default)")  # fmt: skip
-    add("--samples", type=int, default=64, metavar="N", help="calibration rows (default: 64)")
+    add("--samples", type=int, default=32, metavar="N", help="calibration rows (default: 32)")
     add("--length", type=int, default=512, metavar="L", help="tokens per row (default: 512)")
-    add(
+    judged = data.add_mutually_exclusive_group()
+    judged.add_argument(
         "--eval-text",
         metavar="FILE",
         help="text on which the result is judged (default: held-out samples of the model)",
     )
-    add("--no-eval", action="store_true", help="skip the evaluation")
+    judged.add_argument("--no-eval", action="store_true", help="skip the evaluation")
     add("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
 
     machine = parser.add_argument_group("machine")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.core.grid import Levels, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup
-from llmcompress.export.quantized import Scheme, pack, storage_bits, unsupported
+from llmcompress.export.quantized import Scheme, pack, stored_bits_per_weight, unsupported
 from llmcompress.model.fold import NormFold
 from llmcompress.model.groups import InputGroup
 from llmcompress.model.load import BlockwiseModel
@@ -100,8 +100,7 @@ class Outcome:
         stored = self.codes.get(matrix.name)
         bits: float = 8 * self.dtype.itemsize
         if stored is not None:
-            grid = stored.scheme.weights
-            bits = storage_bits(stored.scheme) + grid.bits_per_weight(matrix.columns, 8 * self.dtype.itemsize) - grid.bits  # scales too
+            bits = stored_bits_per_weight(stored.scheme, matrix.columns, self.dtype)
         zeros = 1 - int(matrix.weight.count_nonzero()) / matrix.weight.numel()
         return MatrixReport(matrix.name, (matrix.weight.shape[0], matrix.columns), zeros, bits, error)
 

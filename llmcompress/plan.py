@@ -9,7 +9,7 @@ import torch
 from llmcompress.core.grid import QuantGrid
 from llmcompress.core.group import Method
 from llmcompress.errors import UserError
-from llmcompress.export.quantized import Scheme, storage_bits, unsupported
+from llmcompress.export.quantized import Scheme, stored_bits_per_weight, unsupported
 from llmcompress.model.groups import InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView, is_matrix
@@ -120,8 +120,8 @@ def estimate_size(model: BlockwiseModel, recipe: Recipe) -> int:
         if recipe.targets(view.name) and grid is not None and not unsupported(type(view.module)):
             rows, columns = view.shape
             scheme = Scheme(grid, _activations(recipe.methods))
-            bits = storage_bits(scheme) + grid.bits_per_weight(columns) - grid.bits
-            saved += rows * columns * (8 * model.checkpoint.dtype.itemsize - bits) / 8
+            dtype = model.checkpoint.dtype
+            saved += rows * columns * (8 * dtype.itemsize - stored_bits_per_weight(scheme, columns, dtype)) / 8
     return model.checkpoint.size_bytes - int(saved)
 
 

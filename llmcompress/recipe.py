@@ -10,7 +10,7 @@ import hashlib
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -249,10 +249,12 @@ def _convert(value: object, hint: object, key: str, where: str) -> object:
     if type(None) in options and value is None:
         return None
     kinds = [o for o in options if o is not type(None)]
-    if Sparsity in kinds:
-        return Sparsity.parse(value)
-    if QuantGrid in kinds:
-        return QuantGrid.parse_activations(value) if key == "activations" else QuantGrid.parse_weights(value)
+    parse = _parser(kinds, key)
+    if parse is not None:
+        try:
+            return parse(value)
+        except UserError as error:
+            raise UserError(error.what, where, error.fix) from None
     for kind in kinds:
         if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
             return tuple(_convert(v, typing.get_args(kind)[0], key, where) for v in value)
@@ -263,6 +265,15 @@ def _convert(value: object, hint: object, key: str, where: str) -> object:
         if isinstance(kind, type) and type(value) is kind:
             return value
     raise UserError(f"{value!r} is not {_spoken(hint)}", where)
+
+
+def _parser(kinds: list[object], key: str) -> Callable[[object], object] | None:
+    """What reads a field of a type that has a notation of its own."""
+    if Sparsity in kinds:
+        return Sparsity.parse
+    if QuantGrid in kinds:
+        return QuantGrid.parse_activations if key == "activations" else QuantGrid.parse_weights
+    return None
 
 
 def _spoken(hint: object) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration import Calibration, evaluation_rows, token_rows
-from llmcompress.errors import UserError
+from llmcompress.errors import UserError, nearest
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.card import model_card
 from llmcompress.export.checkpoint import COMPANIONS, REMOTE_CODE, CheckpointWriter
@@ -29,7 +29,7 @@ from llmcompress.sampling import self_samples
 from llmcompress.walk import Walk
 
 #: sequences of the model's own samples on which the result is judged if no text is given, and their seed's offset
-HELD_OUT_SAMPLES = 32
+HELD_OUT_SAMPLES = 16
 HELD_OUT_SEED = 1_000_003
 #: below this many parameters arithmetic on a CPU is float32 whatever the checkpoint stores
 SMALL_MODEL = 500_000_000
@@ -52,7 +52,7 @@ class Options:
     """
 
     calibration: str = "self"
-    samples: int = 64
+    samples: int = 32
     length: int = 512
     eval_text: str | None = None
     evaluate: bool = True
@@ -61,6 +61,12 @@ class Options:
     dtype: str = "auto"
     low_memory: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for key, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16"))):
+            if getattr(self, key) not in known:
+                raise UserError(f"unknown '{getattr(self, key)}'", f"--{key}", nearest(getattr(self, key), known))
+        Calibration(self.calibration, self.samples, self.length, self.seed)  # refuses what makes no rows
 
     @property
     def calibration_rows(self) -> Calibration:
@@ -75,7 +81,7 @@ class Source:
         self.name, self.options = str(model), options
         self.folder = locate(self.name)
         self.checkpoint = Checkpoint(self.folder)
-        if "quantization_config" in self.checkpoint.config:
+        if self.checkpoint.config.get("quantization_config"):
             raise UserError("is quantized already", str(self.folder), "give the dense checkpoint")
         self.device = _device(options.device)
         self.dtype = _dtype(options.dtype, self.checkpoint, self.device)
@@ -89,15 +95,19 @@ class Source:
 def draw_tokens(source: Source, calibration: bool, progress: Progress) -> tuple[Tensor | None, Tensor | None]:
     """(N, T) calibration rows and evaluation rows; None where not wanted.
 
-    What the model has to write itself for either is written in one go.
+    Texts are read first, as they may be too short; what the model has to write itself is written in one go.
     """
     o = source.options
+    rows = eval_rows = None
     wanted: list[tuple[int, int, int]] = []
     if calibration and o.calibration == "self":
         wanted.append((o.samples, o.length, o.seed))
+    elif calibration:
+        rows = _read_rows(source)
     if o.evaluate and o.eval_text is None:
         wanted.append((HELD_OUT_SAMPLES, o.length, o.seed + HELD_OUT_SEED))
-    drawn: list[Tensor] = []
+    elif o.evaluate:
+        eval_rows = _read_eval_rows(source, str(o.eval_text))
     if wanted:
         total = sum(count * length for count, length, _ in wanted)
         with progress.phase("sampling the model", total, "token") as advance:
@@ -105,11 +115,10 @@ def draw_tokens(source: Source, calibration: bool, progress: Progress) -> tuple[
                 source.folder, wanted,
                 device=source.device, dtype=source.dtype, trust_remote_code=o.trust_remote_code, advance=advance,
             )  # fmt: skip
-    rows = eval_rows = None
-    if calibration:
-        rows = drawn.pop(0) if o.calibration == "self" else _read_rows(source)
-    if o.evaluate:
-        eval_rows = drawn.pop(0) if o.eval_text is None else _read_eval_rows(source, o.eval_text)
+        if calibration and rows is None:
+            rows = drawn.pop(0)
+        if o.evaluate and eval_rows is None:
+            eval_rows = drawn.pop(0)
     return rows, eval_rows
 
 

@@ -118,7 +118,7 @@ def _write(
         tokens[:, position] = drawn[:, 0]
         advance(sum(length > position for length in lengths))
     if not finite:
-        raise _not_finite(model, folder)
+        raise _not_finite(model, tokens, folder)
     rows = tokens.cpu()
     return (row[:length] for row, length in zip(rows, lengths, strict=True))
 
@@ -156,12 +156,28 @@ def _end_tokens(model: Any) -> list[int]:
     return sorted(found)
 
 
-def _not_finite(model: Any, folder: Path) -> UserError:
+def _not_finite(model: Any, tokens: Tensor, folder: Path) -> UserError:
+    """Names the first weight, or else the first layer whose output, is not finite."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return UserError("NaN or infinite weights", f"{folder}: {name}", "give a sound checkpoint")
+    broken: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                broken.append(name)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(look(name))
+    model(input_ids=tokens, use_cache=False)
     return UserError(
-        "the model's logits are NaN or infinite", str(folder), "try --dtype float32, or calibrate on a text file"
+        "NaN or infinite activations leave it",
+        broken[0] if broken else str(folder),
+        "try --dtype float32, or check the weights",
     )
 
 

@@ -53,7 +53,12 @@ class Sparsity:
 
     def misfit(self, columns: int) -> str:
         """Why this pattern cannot be applied to rows of ``columns`` inputs; empty if it can."""
-        return f"pattern {self} does not divide {columns} input columns" if self.m and columns % self.m else ""
+        if not self.m or columns % self.m == 0:
+            return ""
+        fits = [str(m) for m in (2, 4, 8, 16, 32) if columns % m == 0]
+        return f"pattern {self} does not divide {columns} input columns" + (
+            f"; use an M of {', '.join(fits)}" if fits else ""
+        )
 
     def zeros_of(self, count: int) -> int:
         """Number of zeros among ``count`` weights: exact for N:M, rounded to nearest for a ratio."""

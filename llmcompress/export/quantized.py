@@ -88,6 +88,16 @@ def storage_bits(scheme: Scheme) -> int:
     return scheme.weights.bits if storage_format(scheme) == PACK_QUANTIZED else 8
 
 
+def stored_bits_per_weight(scheme: Scheme, columns: int, dtype: torch.dtype) -> float:
+    """Bits on disk per weight of a matrix with ``columns`` inputs: its code, and its share of the scale, stored in
+    ``dtype``, and of the zero point, which takes a byte."""
+    grid = scheme.weights
+    if grid.group == "tensor":
+        return float(storage_bits(scheme))
+    levels = 8 * dtype.itemsize + (0 if grid.symmetric else 8)
+    return storage_bits(scheme) + levels / grid.group_size(columns)
+
+
 def storage_note(scheme: Scheme) -> str:
     """What the user should know about how ``scheme`` is stored; empty if nothing."""
     bits, stored = scheme.weights.bits, storage_bits(scheme)

@@ -55,6 +55,7 @@ class BlockwiseModel:
         self.schemes = self._read_schemes()
         self.input_levels: dict[str, Levels] = {}
         self.source_names = self._match_names()
+        self._require_complete()
         self._prefixes = tuple(block.name + "." for block in self.blocks)
         self._load({name for name, _ in self.model.named_parameters()} - set(self._block_parameters()))
         self._place_buffers()
@@ -65,7 +66,7 @@ class BlockwiseModel:
         """Materialises one block's weights.
 
         Raises:
-            UserError: a weight is missing, or holds NaN or infinity.
+            UserError: a weight holds NaN or infinity.
         """
         block = self.blocks[index]
         self._load({f"{block.name}.{name}" for name, _ in block.module.named_parameters()})
@@ -147,23 +148,34 @@ class BlockwiseModel:
                 matched[target.removesuffix("weight") + suffix if suffix else target].append(source)
         return matched
 
+    def _require_complete(self) -> None:
+        """Every parameter has its tensor on disk, of the shape config.json promises: told before anything is read."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        for name, parameter in self.model.named_parameters():
+            if name.rpartition(".")[0] in self.schemes and name.endswith(".weight"):
+                continue
+            if name not in self.source_names:
+                if name in tied:
+                    continue
+                raise UserError("the checkpoint lacks this weight", name, "give a complete checkpoint")
+            info = self.checkpoint.tensors[self.source_names[name][0]]
+            if info.shape != tuple(parameter.shape):
+                shapes = f"has the shape {info.shape}, config.json says {tuple(parameter.shape)}"
+                raise UserError(shapes, name, "give the config.json that belongs to the weights")
+            if not info.dtype.is_floating_point:
+                raise UserError(f"stored as {info.dtype}", name, "give the dense checkpoint")
+
     def _load(self, parameters: set[str]) -> None:
         """Reads parameters from disk, converts them to the working dtype and puts them into their modules."""
-        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
         for name in sorted(parameters):
             module_name, _, attribute = name.rpartition(".")
             if module_name in self.schemes and attribute == "weight":
                 value = self._read_quantized(module_name)
             elif name in self.source_names:
                 value = self._read_one(name)
-            elif name in tied:
+            else:  # tied to another one
                 continue
-            else:
-                raise UserError("the checkpoint lacks this weight", name, "give a complete checkpoint")
             owner = self.model.get_submodule(module_name)
-            expected = owner.get_parameter(attribute).shape
-            if value.shape != expected:
-                raise UserError(f"shape {tuple(value.shape)}, config.json says {tuple(expected)}", name)
             setattr(owner, attribute, nn.Parameter(value.to(self.device), requires_grad=False))
 
     def _read_one(self, name: str) -> Tensor:
