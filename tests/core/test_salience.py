@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,7 +137,18 @@ def test_column_extremes_are_the_two_largest_either_way(tokens: int, width: int,
         assert torch.equal(signed.gather(0, found.token[side].long()[None])[0], ordered[0])
 
 
-def test_warm_up_leaves_the_thread_count_alone() -> None:
-    before = numba.get_num_threads()
-    range_scan.warm_up()
-    assert numba.get_num_threads() == before
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_number_of_threads_does_not_change_a_bit(threads: int) -> None:
+    g = torch.Generator().manual_seed(7)
+    x, weight = torch.randn(200, 150, generator=g), torch.randn(9, 150, generator=g)
+    before = torch.get_num_threads()
+    found = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        y = torch.stack([(x * w).sum(1) for w in weight])
+        peaks, best = torch.full((2, 9), -torch.inf), torch.full((2, 9, 150), -torch.inf)
+        range_scan.raise_extremes(y.contiguous(), x, weight, range_scan.column_extremes(x), peaks, best)
+        found.append(best.sum(0))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert_exact(weight, x, found[0])

@@ -7,16 +7,19 @@ A handful of tokens settles most weights: those are scanned for the whole row at
 the few inputs still open are carried on as a list. Tokens come off a heap, so any number of them can be asked for
 and the answer is exact whatever the data. The minimum is the same scan of −Y with −W.
 
-Rows are independent and run in parallel. `llmcompress.core.salience` has the mathematics around it."""
+Rows are independent and run in parallel, in plain threads: numba's own pool beside torch's would be a second OpenMP
+runtime, whose threads wait for work by spinning on the cores that the other needs (measured: ten times slower on a
+busy machine). `llmcompress.core.salience` has the mathematics around it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import get_num_threads, njit, prange, set_num_threads
-from numba.core.config import NUMBA_NUM_THREADS
+from numba import njit
 from torch import Tensor
 
 #: lets maxima and counts vectorise; infinities stay legal
@@ -41,10 +44,11 @@ class Extremes(NamedTuple):
     second: Tensor
 
 
-@njit(cache=True, nogil=True, parallel=True, fastmath=_FAST)
-def _column_extremes(x, token, first, second):  # pragma: no cover (compiled)
+@njit(cache=True, nogil=True, fastmath=_FAST)
+def _column_extremes(x, token, first, second, worker, workers):  # pragma: no cover (compiled)
+    """The share of one worker: every ``workers``-th strip of columns."""
     rows, columns = x.shape
-    for strip in prange((columns + _STRIP - 1) // _STRIP):
+    for strip in range(worker, (columns + _STRIP - 1) // _STRIP, workers):
         for t in range(rows):
             for i in range(strip * _STRIP, min(columns, (strip + 1) * _STRIP)):
                 value = x[t, i]
@@ -186,22 +190,21 @@ def _scan(y, sign, x, w, extremes, peak, best, reach, gain, gaps, tokens, listed
     return peak
 
 
-@njit(cache=True, nogil=True, parallel=True, fastmath=_FAST)
-def _scan_rows(y, x, weight, extremes, peaks, best, workers):  # pragma: no cover
-    """`_scan` of all rows in both directions. Shapes as in `raise_extremes`."""
+@njit(cache=True, nogil=True, fastmath=_FAST)
+def _scan_rows(y, x, weight, extremes, peaks, best, worker, workers):  # pragma: no cover
+    """`_scan` of every ``workers``-th row in both directions. Shapes as in `raise_extremes`."""
     rows, columns = weight.shape
-    for worker in prange(workers):
-        gaps, tokens = np.empty(y.shape[1], np.float32), np.empty(y.shape[1], np.int32)
-        w, gain, reach = np.empty(columns, np.float32), np.empty(columns, np.float32), np.zeros(columns, np.float32)
-        listed = np.empty(columns + 1, np.int32)
-        for r in range(worker, rows, workers):
-            for side in range(2):
-                sign = np.float32(1 - 2 * side)
-                for i in range(columns):
-                    w[i] = sign * weight[r, i]
-                peaks[side, r] = _scan(
-                    y[r], sign, x, w, extremes, peaks[side, r], best[side, r], reach, gain, gaps, tokens, listed
-                )
+    gaps, tokens = np.empty(y.shape[1], np.float32), np.empty(y.shape[1], np.int32)
+    w, gain, reach = np.empty(columns, np.float32), np.empty(columns, np.float32), np.zeros(columns, np.float32)
+    listed = np.empty(columns + 1, np.int32)
+    for r in range(worker, rows, workers):
+        for side in range(2):
+            sign = np.float32(1 - 2 * side)
+            for i in range(columns):
+                w[i] = sign * weight[r, i]
+            peaks[side, r] = _scan(
+                y[r], sign, x, w, extremes, peaks[side, r], best[side, r], reach, gain, gaps, tokens, listed
+            )
 
 
 def column_extremes(x: Tensor) -> Extremes:
@@ -212,8 +215,7 @@ def column_extremes(x: Tensor) -> Extremes:
     """
     token = torch.zeros(2, x.shape[1], dtype=torch.int32)
     first, second = (torch.full((2, x.shape[1]), -torch.inf) for _ in range(2))
-    with _Threads():
-        _column_extremes(*(a.numpy() for a in (x, token, first, second)))
+    _in_threads(_column_extremes, *(a.numpy() for a in (x, token, first, second)))
     return Extremes(token, first, first.clone() if x.shape[0] == 1 else second)
 
 
@@ -229,8 +231,7 @@ def raise_extremes(y: Tensor, x: Tensor, weight: Tensor, extremes: Extremes, pea
         best: (2, rows, in) running max_t(±(Y_t − X_ti W_i)) minus ``peaks``; −inf before the first chunk. Updated.
     """
     looked_up = tuple(a.numpy() for a in extremes)
-    with _Threads() as workers:
-        _scan_rows(y.numpy(), x.numpy(), weight.numpy(), looked_up, peaks.numpy(), best.numpy(), workers)
+    _in_threads(_scan_rows, y.numpy(), x.numpy(), weight.numpy(), looked_up, peaks.numpy(), best.numpy())
 
 
 def warm_up() -> None:
@@ -239,14 +240,12 @@ def warm_up() -> None:
     raise_extremes(one, one, one, column_extremes(one), torch.full((2, 1), -torch.inf), torch.zeros(2, 1, 1))
 
 
-class _Threads:
-    """As many numba threads as torch has, for the duration."""
-
-    def __enter__(self) -> int:
-        self.before = get_num_threads()
-        workers: int = min(torch.get_num_threads(), NUMBA_NUM_THREADS)
-        set_num_threads(workers)
-        return workers
-
-    def __exit__(self, *_: object) -> None:
-        set_num_threads(self.before)
+def _in_threads(kernel: Callable[..., None], *arrays: object) -> None:
+    """Runs ``kernel(*arrays, worker, workers)`` in as many threads as torch uses."""
+    workers = torch.get_num_threads()
+    if workers == 1:
+        kernel(*arrays, 0, 1)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for share in [pool.submit(kernel, *arrays, worker, workers) for worker in range(workers)]:
+            share.result()
