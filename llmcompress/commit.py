@@ -35,7 +35,7 @@ class Outcome:
 
     Args:
         model: whose modules are written.
-        in_place: False leaves the modules as they are, for a walk that goes on through the dense block.
+        in_place: False leaves the modules as they are, for tokens that go on through the dense block, until `apply`.
 
     Attributes:
         dense: new values of parameters that stay in floating point, by parameter name, in the stored dtype.
@@ -76,6 +76,13 @@ class Outcome:
             if place.norm_input is None:
                 raise RuntimeError(f"{group.name}: the norm that writes its input did not run before it")
             place.x.copy_(group.fold.norm(place.norm_input).view_as(place.x))
+
+    def apply(self) -> None:
+        """Writes everything that was decided into the modules."""
+        for name, value in self.dense.items():
+            self.model.model.get_parameter(name).data.copy_(value)
+        for name, stored in self.codes.items():
+            self.model.model.get_parameter(f"{name}.weight").data.copy_(stored.weight.dequantize())
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """The block's tensors by name on disk: changed ones as decided, the others as they were."""

@@ -25,7 +25,7 @@ from llmcompress.methods import DEFAULT_METHOD, METHODS
 from llmcompress.resources import configs_dir
 
 _TOP_KEYS = ("description", "stages", "targets", "propagate")
-_PROPAGATE = ("compressed", "dense")
+_PROPAGATE = ("compressed", "block", "dense")
 _NO_RECIPES = {"models"}  # other tables that live beside the recipes
 
 
@@ -55,8 +55,9 @@ class Recipe:
         stages: in order.
         include, exclude: shell patterns over matrix names (``*.down_proj``); a matrix is compressed if one of
             ``include`` and none of ``exclude`` matches.
-        propagate: what the tokens go on through once a matrix is done: its ``compressed`` form, as it should be, or the
-            ``dense`` one, as some papers' code has it.
+        propagate: what the tokens go on through once a matrix is done: its ``compressed`` form, so that everything is
+            calibrated on what its predecessors produce; the dense ``block``, after which they run through the
+            compressed one, as the papers' code does; or the ``dense`` model.
         description: one line.
     """
 
@@ -114,9 +115,12 @@ class Recipe:
             )
         if not stages:
             raise UserError("no stages", where, f"add one of {', '.join(DEFAULT_METHOD)}")
+        built = tuple(_build_stage(kind, options, where) for kind, options in stages)
+        if run["propagate"] != "compressed" and any("cross" in stage.method.needs for stage in built):
+            raise UserError("target: dense needs propagate: compressed", where, "change one of them")
         return Recipe(
             name,
-            tuple(_build_stage(kind, options, where) for kind, options in stages),
+            built,
             _patterns(targets.get("include", ["*"]), where),
             _patterns(targets.get("exclude", []), where),
             str(run["propagate"]),

@@ -190,7 +190,7 @@ class Run:
             recipe=self.recipe.name,
             seed=o.seed,
             versions=versions(),
-            calibration=asdict(o.calibration_rows),
+            calibration=asdict(o.calibration_rows) | {"propagate": self.recipe.propagate},
             evaluation=asdict(judged) if judged else {},
         )
 

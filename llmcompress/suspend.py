@@ -75,6 +75,12 @@ class SuspendedForward:
             raise UserError("its forward does not call its blocks one after the other", "model", "it is not supported")
         return self.place.args, self.place.kwargs
 
+    def ahead(self, block: nn.Module) -> SuspendedForward:
+        """A forward of its own that runs the ``block`` this one waits at, on the same arguments, and ends with it."""
+        args, kwargs = self.call
+        copies = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # blocks may write into their arguments
+        return SuspendedForward(lambda: type(block).forward(block, *copies, **kwargs))
+
     def resume(self) -> Place | None:
         """Runs to the next place and returns it; None when the forward has ended. Exceptions come through."""
         self.place = None
@@ -130,10 +136,25 @@ class BlockPass:
     Two ways with the same result. Suspended: every forward keeps its live tensors while it waits, so each
     micro-batch runs once. Replayed: a forward is run from the block's start to the stop and dropped, which takes
     about 2.5 forwards and the memory of one micro-batch.
+
+    Args:
+        block: loaded.
+        stops: in calling order.
+        forwards: each waits in front of the block.
+        replay: which of the two ways.
+        ahead: send copies of the forwards, which end with the block; the forwards themselves stay in front of it.
     """
 
-    def __init__(self, block: nn.Module, stops: Sequence[Stop], forwards: Sequence[SuspendedForward], replay: bool):
-        self.block, self.stops, self.forwards, self.replay = block, stops, forwards, replay
+    def __init__(
+        self,
+        block: nn.Module,
+        stops: Sequence[Stop],
+        forwards: Sequence[SuspendedForward],
+        replay: bool,
+        ahead: bool = False,
+    ) -> None:
+        self.block, self.stops, self.forwards = block, stops, forwards
+        self.replay, self.is_ahead = replay, ahead
         self.served: set[int] = set()
         self.rounding: dict[int, Rounding] = {}
         self._norm_inputs: dict[tuple[int, int], Tensor] = {}
@@ -147,10 +168,17 @@ class BlockPass:
         with self._hooks():
             yield from self._replayed() if self.replay else self._suspended()
 
+    def finish(self, rounding: dict[int, Rounding]) -> None:
+        """Goes through without a stop, rounding the inputs of each group as given."""
+        self.served, self.rounding = set(range(len(self.stops))), rounding
+        for _ in self.arrivals():
+            raise AssertionError("stopped at a served group")
+
     def _suspended(self) -> Iterator[tuple[int, list[AtMatrix]]]:
-        for forward in self.forwards:
+        travellers = [f.ahead(self.block) for f in self.forwards] if self.is_ahead else self.forwards
+        for forward in travellers:
             forward.resume()
-        while waiting := [f for f in self.forwards if isinstance(f.place, AtMatrix)]:
+        while waiting := [f for f in travellers if isinstance(f.place, AtMatrix)]:
             stop = min(f.place.group for f in waiting if isinstance(f.place, AtMatrix))
             here = [f for f in waiting if isinstance(f.place, AtMatrix) and f.place.group == stop]
             yield stop, [f.place for f in here if isinstance(f.place, AtMatrix)]
@@ -159,22 +187,17 @@ class BlockPass:
                 forward.resume()
 
     def _replayed(self) -> Iterator[tuple[int, list[AtMatrix]]]:
-        calls = [f.place for f in self.forwards if isinstance(f.place, AtBlock)]
         while len(self.served) < len(self.stops):
-            reached = [place for call in calls if isinstance(place := self._run_to_stop(call), AtMatrix)]
+            ways = [forward.ahead(self.block).resume() for forward in self.forwards]
+            reached = [place for place in ways if isinstance(place, AtMatrix)]
             if not reached:
                 break
             stop = min(place.group for place in reached)
             reached = [place for place in reached if place.group == stop]
             yield stop, reached
             self.served.add(stop)
-        for forward in self.forwards:
+        for forward in () if self.is_ahead else self.forwards:
             forward.resume()
-
-    def _run_to_stop(self, call: AtBlock) -> Place | None:
-        """Runs a copy of the block's call to its first unserved stop. Blocks may write into their arguments."""
-        args = tuple(a.clone() if isinstance(a, Tensor) else a for a in call.args)
-        return SuspendedForward(lambda: type(self.block).forward(self.block, *args, **call.kwargs)).resume()
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:

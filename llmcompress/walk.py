@@ -62,7 +62,7 @@ class Lane:
         self.model = model
         self.probe, *self.forwards = model.start_forwards([tokens[:1, :PROBE_TOKENS], *micro_batches(tokens)])
 
-    def through(self, index: int, groups: list[InputGroup], replay: bool) -> BlockPass:
+    def through(self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False) -> BlockPass:
         """The way through a loaded block, with a stop at each of the groups, which may be another model's."""
         modules = self.model.model
         stops = [
@@ -72,7 +72,8 @@ class Lane:
             )
             for group in groups
         ]
-        return BlockPass(self.model.blocks[index].module, stops, self.forwards, replay)
+        block = self.model.blocks[index].module
+        return BlockPass(block, stops, self.forwards, replay, ahead)
 
 
 class Walk:
@@ -135,7 +136,8 @@ class Walk:
         groups = [g for g in found.groups if any(self.recipe.targets(m.name) for m in g.matrices)]
         outcome = Outcome(self.model, in_place=self.recipe.propagate == "compressed")
         finished = CompressedBlock(BlockReport(self.model.blocks[index].name))
-        passes = [lane.through(index, groups, self.replay) for lane in lanes]
+        ahead = self.recipe.propagate == "block"
+        passes = [lane.through(index, groups, self.replay, ahead) for lane in lanes]
         arrivals = zip(*(p.arrivals() for p in passes), strict=True)
         while True:
             with self.phases("forward"):
@@ -148,9 +150,12 @@ class Walk:
                                 "use target: compressed")  # fmt: skip
             with self.phases("compress"):
                 rounding = self._serve(groups[number], [places for _, places in arrived], outcome, finished.report)
-            if rounding is not None:
+            if rounding is not None and self.recipe.propagate != "dense":
                 passes[0].rounding[number] = rounding
         with self.phases("forward"):
+            if ahead:
+                outcome.apply()
+                lanes[0].through(index, groups, self.replay).finish(passes[0].rounding)
             for lane in lanes:
                 lane.probe.resume()
         self._note_unreached(found, groups, passes[0].served)
@@ -183,7 +188,7 @@ class Walk:
             self.progress.matrix(matrix.name, error)
         report.groups.append(self._group_report(group, work))
         self.warnings += work.warnings
-        return _rounding(work) if outcome.in_place else None
+        return _rounding(work)
 
     def _group_report(self, group: InputGroup, work: MatrixGroup) -> GroupReport:
         if not self._smooths:

@@ -173,6 +173,37 @@ def test_propagating_dense_inputs_calibrates_every_group_on_the_dense_model(tmp_
     assert torch.equal(finished[0].tensors[name], dense.get_parameter(name) / 2)
 
 
+@pytest.mark.parametrize("replay", [False, True])
+def test_propagating_the_block_calibrates_on_dense_siblings_behind_compressed_blocks(
+    replay: bool, tmp_path: Path
+) -> None:
+    path = tiny_folder(tmp_path)
+    method = Recording()
+    recipe = Recipe("recording", (Stage("prune", "recording", method, {}),), propagate="block")
+    object.__setattr__(method, "needs", frozenset({"gram"}))
+    finished = list(Walk(BlockwiseModel(Checkpoint(path), torch.float32), recipe, TOKENS, replay=replay).run())
+    model = AutoModelForCausalLM.from_pretrained(path)
+    for index, block in enumerate(finished):
+        for name in [n for n in method.shown if f"layers.{index}." in n]:
+            rows = inputs_of(model, name)
+            torch.testing.assert_close(
+                method.shown[name].gram.double(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5
+            )
+        model.load_state_dict(block.tensors, strict=False)
+
+
+@pytest.mark.parametrize("mode", ["block", "dense"])
+def test_every_mode_of_propagation_ends_in_the_model_that_is_stored(mode: str, tmp_path: Path) -> None:
+    """Each block's input is what the stored (or the dense) predecessors put out, quantized inputs included."""
+    path = tiny_folder(tmp_path)
+    plain = walk(path, JOINT)
+    other = walk(path, {**JOINT, "propagate": mode})
+    first = "model.layers.0.self_attn.q_proj.weight"
+    later = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(plain[0].tensors[first], other[0].tensors[first])
+    assert not torch.equal(plain[1].tensors[later], other[1].tensors[later])
+
+
 def test_smoothing_is_stored_though_dense_inputs_are_propagated(tmp_path: Path) -> None:
     path = tiny_folder(tmp_path)
     first = walk(path, {"stages": [{"smooth": {}}], "propagate": "dense"})
