@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from llmcompress.core.grid import QuantGrid
 from llmcompress.core.group import Method
 from llmcompress.errors import UserError
-from llmcompress.export.quantized import Scheme, stored_bits_per_weight, unsupported
+from llmcompress.export.quantized import PACK_QUANTIZED, Scheme, storage_format, stored_bits_per_weight, unsupported
 from llmcompress.model.groups import InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView, is_matrix
@@ -99,7 +102,7 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> list[str]:
     """Names of the matrices a recipe will compress.
 
     Raises:
-        UserError: a pattern or group does not divide a width, or nothing is targeted.
+        UserError: a pattern or group does not divide a width, nothing is targeted, or the result could not be loaded.
     """
     views = [view for view in _matrices(model) if recipe.targets(view.name)]
     for view in views:
@@ -107,9 +110,26 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> list[str]:
             if misfit := method.misfit(view.shape[1]):
                 last = view.name.rpartition(".")[2]
                 raise UserError(misfit, view.name, f"""or leave it dense: --set 'targets.exclude=["*.{last}"]'""")
+    scheme = Scheme(recipe.grid, _activations(recipe.methods)) if recipe.grid else None
+    linears = [view.module for view in views if not unsupported(type(view.module))]
+    if scheme and linears and storage_format(scheme) == PACK_QUANTIZED and _misses_packed(model.model, linears[0]):
+        raise UserError("transformers cannot load packed weights of this architecture", type(model.model).__name__,
+                        "let the inputs be rounded too: --set quantize.activations=int8")  # fmt: skip
     if not views:
         raise UserError("no matrix is targeted", f"recipe {recipe.name}", "widen targets.include or targets.exclude")
     return [view.name for view in views]
+
+
+def _misses_packed(network: PreTrainedModel, linear: nn.Module) -> bool:
+    """Whether the network's own initialization, which runs when it is loaded, fails on a Linear that has no ``weight``
+    but a packed one, as Falcon's does."""
+    packed = copy.copy(linear)
+    packed._parameters = {"bias": None}
+    try:
+        network._init_weights(packed)
+    except AttributeError:
+        return True
+    return False
 
 
 def estimate_size(model: BlockwiseModel, recipe: Recipe) -> int:

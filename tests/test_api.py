@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmcompress import Recipe, api, compress, load
+from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import rounded_inputs
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
@@ -27,7 +29,6 @@ from tests.architectures import tiny_folder
 TOKENS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(5))
 W4 = {"stages": [{"quantize": {"weights": "int4-g8"}}]}
 RECIPES = {"wanda-2of4": Recipe.load("wanda-2of4"), "jsq": Recipe.load("jsq"), "w4a16": Recipe.from_tree(W4, "w4a16")}
-BYTES = {"F32": 4, "BF16": 2, "I8": 1, "I32": 4, "I64": 8}
 
 
 def options(**given: Any) -> api.Options:
@@ -52,11 +53,11 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def streamed_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """What our own block-wise reading of a folder computes, (N, T, V)."""
+def streamed_logits(folder: Path) -> Tensor:
+    """What our own block-wise reading of a folder computes on TOKENS, (3, 12, 96)."""
     model = BlockwiseModel(Checkpoint(folder), torch.float32)
     with gates([block.module for block in model.blocks]):
-        (forward,) = model.start_forwards([tokens], head=True)
+        (forward,) = model.start_forwards([TOKENS], head=True)
         for index in range(len(model.blocks)):
             model.load_block(index)
             with rounded_inputs(model):
@@ -87,16 +88,40 @@ def finished(checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFact
 # --- what others load ---
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "opt", "gpt_neox", "phi3", "falcon", "gpt2"])
+RELOADED = [(model_type, recipe) for model_type in ("llama", "gemma2", "gpt2") for recipe in RECIPES]
+RELOADED += [(model_type, "jsq") for model_type in ("qwen3", "gpt_neox", "phi3", "falcon")]
+RELOADED += [("opt", "w4a16")]
+
+
+@pytest.mark.parametrize(("model_type", "recipe"), RELOADED)
 def test_the_saved_folder_reloads_to_the_logits_that_were_judged(model_type: str, recipe: str, tmp_path: Path) -> None:
-    source = tiny_folder(tmp_path / "dense", model_type)
-    compress(source, RECIPES[recipe], tmp_path / "out", options())
-    expected = streamed_logits(tmp_path / "out", TOKENS)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(logits(theirs, TOKENS), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits(load(tmp_path / "out"), TOKENS), expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(expected, streamed_logits(source, TOKENS), rtol=1e-3, atol=1e-3)
+    compress(tiny_folder(tmp_path / "dense", model_type), RECIPES[recipe], tmp_path / "out", options())
+    reloads_alike(tmp_path / "out")
+    assert not torch.allclose(streamed_logits(tmp_path / "out"), streamed_logits(tmp_path / "dense"), atol=1e-3)
+
+
+def reloads_alike(folder: Path) -> None:
+    expected = streamed_logits(folder)
+    for model in (AutoModelForCausalLM.from_pretrained(folder).eval(), load(folder)):
+        torch.testing.assert_close(logits(model, TOKENS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_matrices_that_read_rows_without_a_batch_are_the_one_exception(tmp_path: Path) -> None:
+    """OPT's MLP: transformers rounds such rows with one scale for all of them, this program with one for each."""
+    source = tiny_folder(tmp_path / "dense", "opt")
+    compress(source, replace(RECIPES["jsq"], exclude=("*.fc1", "*.fc2")), tmp_path / "attention", options())
+    reloads_alike(tmp_path / "attention")
+    compress(source, replace(RECIPES["jsq"], include=("*.fc1", "*.fc2")), tmp_path / "mlp", options())
+    with pytest.raises(AssertionError, match="not close"):
+        reloads_alike(tmp_path / "mlp")
+
+
+def test_what_transformers_cannot_load_is_refused(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path / "dense", "falcon")
+    with pytest.raises(UserError, match="cannot load packed weights of this architecture"):
+        compress(source, RECIPES["w4a16"], tmp_path / "out", options())
+    compress(source, Recipe.from_tree(W4, "w4a8", ["quantize.activations=int8"]), tmp_path / "out", options())
+    reloads_alike(tmp_path / "out")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -123,8 +148,7 @@ def test_written_tensors_have_the_names_of_the_input(recipe: str, tied: bool, tm
     own = suffixes.get(recipe, ["weight_packed", "weight_scale", "weight_shape"])
     assert len(matrices) == 14 and ("lm_head.weight" in before) != tied
     assert after == before - matrices | {name.removesuffix("weight") + s for name in matrices for s in own}
-    expected = streamed_logits(tmp_path / "out", TOKENS)
-    torch.testing.assert_close(logits(load(tmp_path / "out"), TOKENS), expected, rtol=1e-4, atol=1e-4)
+    reloads_alike(tmp_path / "out")
 
 
 def test_what_is_not_compressed_keeps_its_bytes(checkpoint: Path, finished: Callable[[str], Path]) -> None:
@@ -142,7 +166,7 @@ def test_a_bfloat16_checkpoint_stays_in_bfloat16(tmp_path: Path) -> None:
     assert report.size_bytes["after"] == sum(t.nbytes for t in found.values())
     model = load(tmp_path / "out")
     assert model.dtype == torch.bfloat16
-    expected = streamed_logits(tmp_path / "out", TOKENS)  # in float32, from the same stored numbers
+    expected = streamed_logits(tmp_path / "out")  # in float32, from the same stored numbers
     torch.testing.assert_close(logits(load(tmp_path / "out", torch.float32), TOKENS), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -170,31 +194,21 @@ def without_measurements(report: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in report.items() if k not in ("seconds", "seconds_by_phase", "peak_memory_bytes", "output")}
 
 
-def test_shards_and_replay_change_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "sharded")
-    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
-    ways = {
-        "plain": (checkpoint, {}),
-        "sharded": (tmp_path / "sharded", {}),
-        "replayed": (checkpoint, {"low_memory": True}),
-    }
-    found = []
-    for name, (source, given) in ways.items():
-        compress(source, "jsq", tmp_path / name / "out", options(calibration=str(text), **given))
-        found.append(tensors(tmp_path / name / "out"))
-    for other in found[1:]:
-        assert found[0].keys() == other.keys()
-        assert all(torch.equal(found[0][name], other[name]) for name in other)
-
-
-def test_low_memory_gives_the_same_bytes(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    found = []
-    for low in (False, True):
-        folder = tmp_path / str(low) / "out"
-        compress(checkpoint, "jsq", folder, options(calibration=str(text), low_memory=low))
-        found.append({k: v for k, v in contents(folder).items() if k != "report.json"})
-    assert found[0] == found[1]
+def test_low_memory_gives_the_same_bytes_and_shards_the_same_tensors(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(sharded, max_shard_size="30KB")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    for name, source, low_memory in [("plain", checkpoint, False), ("low", checkpoint, True), ("cut", sharded, False)]:
+        given = options(calibration=str(text), low_memory=low_memory)
+        compress(source, "jsq", tmp_path / name / "out", given)
+    plain, low = (contents(tmp_path / name / "out") for name in ("plain", "low"))
+    assert plain.keys() == low.keys()
+    assert {name for name in plain if plain[name] != low[name]} <= {"report.json"}
+    whole, cut = (tensors(tmp_path / name / "out") for name in ("plain", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
 def test_documents_give_what_their_text_gives(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -220,17 +234,15 @@ def test_the_input_is_never_changed(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_the_report_has_every_figure(checkpoint: Path, finished: Callable[[str], Path], text: Path) -> None:
     report = json.loads((finished("jsq") / "report.json").read_text())
-    required = (
-        "model recipe seed versions seconds seconds_by_phase peak_memory_bytes size_bytes effective_bits sparsity"
-    )
-    required += " perplexity kl_divergence top1_agreement calibration blocks warnings"
+    required = "model recipe seed versions seconds seconds_by_phase peak_memory_bytes size_bytes effective_bits"
+    required += " sparsity perplexity kl_divergence top1_agreement calibration blocks warnings"
     assert set(required.split()) <= report.keys()
     assert (report["model"], report["recipe"], report["seed"]) == (str(checkpoint), "jsq", 0)
     assert report["versions"]["torch"] == torch.__version__
     assert sum(report["seconds_by_phase"].values()) <= report["seconds"] * 1.001
     assert all(seconds >= 0 for seconds in report["seconds_by_phase"].values())
     assert report["peak_memory_bytes"] > 10**8
-    assert report["calibration"] == {"source": str(text), "samples": 4, "length": 16, "seed": 0}
+    assert {"source": str(text), "samples": 4, "length": 16}.items() <= report["calibration"].items()
     assert report["evaluation"]["source"] == str(text)
     assert [block["name"] for block in report["blocks"]] == ["model.layers.0", "model.layers.1"]
     for block in report["blocks"]:

@@ -11,7 +11,9 @@ were chosen, never rounded again. The container of a matrix follows from its sch
 | asymmetric weights, any bits                     | `int-quantized`  | one byte         | transformers                |
 
 The last row is a limit of the readers: packed zero points of compressed-tensors 0.20 do not load in transformers 5.23,
-which expects them unpacked and stops at a size mismatch; ``storage_note`` says so to the user. Only ``nn.Linear`` can
+which expects them unpacked and stops at a size mismatch; ``storage_note`` says so to the user. Where a block flattens
+(batch, token) into rows before a matrix, as OPT does before its MLP, transformers takes one activation scale for all
+rows instead of one per token; served models and this program's own reading do not. Only ``nn.Linear`` can
 be quantized in this format (``unsupported``); other modules are to be stored with their rounded values, dense."""
 
 from __future__ import annotations
