@@ -9,10 +9,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmcompress.core.grid import QuantGrid
-from llmcompress.core.group import Method
 from llmcompress.errors import UserError
-from llmcompress.export.quantized import PACK_QUANTIZED, Scheme, storage_format, stored_bits_per_weight, unsupported
+from llmcompress.export.quantized import (
+    PACK_QUANTIZED,
+    Scheme,
+    storage_format,
+    storage_note,
+    stored_bits_per_weight,
+    unsupported,
+)
 from llmcompress.model.groups import InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView, is_matrix
@@ -43,12 +48,14 @@ class Plan:
         share: of the blocks' weights, what will be compressed.
         peak_memory_bytes: predicted high-water mark of the process.
         size_bytes: before, and predicted after.
+        notes: what will be stored otherwise than the recipe's bits suggest.
     """
 
     blocks: dict[str, list[PlannedGroup]] = field(default_factory=dict)
     share: float = 0.0
     peak_memory_bytes: int = 0
     size_bytes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
         """As JSON takes it."""
@@ -67,6 +74,7 @@ class Plan:
             f"compressed   {self.share:.1%} of the blocks' weights",
             f"memory       about {self.peak_memory_bytes / 2**30:.2f} GiB at the peak",
             f"on disk      {_mib(self.size_bytes['before'])} → about {_mib(self.size_bytes['after'])}",
+            *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
 
@@ -94,6 +102,7 @@ def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) 
             largest_block = max(largest_block, found.parameters)
             widest = max(widest, *(g.width for g in found.groups))
     plan.share = compressed / total
+    plan.notes = _notes(recipe, model)
     plan.peak_memory_bytes = _estimate_memory(model, recipe, largest_block, widest, samples * length)
     return plan
 
@@ -110,7 +119,7 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> list[str]:
             if misfit := method.misfit(view.shape[1]):
                 last = view.name.rpartition(".")[2]
                 raise UserError(misfit, view.name, f"""or leave it dense: --set 'targets.exclude=["*.{last}"]'""")
-    scheme = Scheme(recipe.grid, _activations(recipe.methods)) if recipe.grid else None
+    scheme = _scheme(recipe)
     linears = [view.module for view in views if not unsupported(type(view.module))]
     if scheme and linears and storage_format(scheme) == PACK_QUANTIZED and _misses_packed(model.model, linears[0]):
         raise UserError("transformers cannot load packed weights of this architecture", type(model.model).__name__,
@@ -135,18 +144,27 @@ def _misses_packed(network: PreTrainedModel, linear: nn.Module) -> bool:
 def estimate_size(model: BlockwiseModel, recipe: Recipe) -> int:
     """Predicted bytes of the result's tensors."""
     saved = 0.0
-    grid = recipe.grid
-    for view in _matrices(model) if grid else ():
-        if recipe.targets(view.name) and grid is not None and not unsupported(type(view.module)):
+    scheme, dtype = _scheme(recipe), model.checkpoint.dtype
+    for view in _matrices(model) if scheme else ():
+        if scheme and recipe.targets(view.name) and not unsupported(type(view.module)):
             rows, columns = view.shape
-            scheme = Scheme(grid, _activations(recipe.methods))
-            dtype = model.checkpoint.dtype
             saved += rows * columns * (8 * dtype.itemsize - stored_bits_per_weight(scheme, columns, dtype)) / 8
     return model.checkpoint.size_bytes - int(saved)
 
 
-def _activations(methods: tuple[Method, ...]) -> QuantGrid | None:
-    return next((getattr(m, "activations", None) for m in reversed(methods) if m.stage == "quantize"), None)
+def _scheme(recipe: Recipe) -> Scheme | None:
+    """How matrices will be stored; None if they are not quantized."""
+    steps = [method for method in recipe.methods if method.stage == "quantize"]
+    return Scheme(recipe.grid, getattr(steps[-1], "activations", None)) if steps and recipe.grid else None
+
+
+def _notes(recipe: Recipe, model: BlockwiseModel) -> list[str]:
+    scheme = _scheme(recipe)
+    if scheme is None:
+        return []
+    refused = {unsupported(type(view.module)) for view in _matrices(model) if recipe.targets(view.name)} - {""}
+    noted = [storage_note(scheme)] if storage_note(scheme) else []
+    return noted + [f"rounded weights are stored dense and inputs are not rounded, {why}" for why in sorted(refused)]
 
 
 def _estimate_memory(model: BlockwiseModel, recipe: Recipe, block: int, width: int, tokens: int) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from llmcompress import cli
 from llmcompress.model.groups import InputGroup
 from llmcompress.walk import Walk
+from tests.architectures import tiny_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -394,11 +395,21 @@ def test_a_dry_run_in_json_is_json(run: Callable[..., tuple[int, str, str]], tmp
     code, out, err = run("--dry-run", "--json", "--set", 'targets.exclude=["*.v_proj"]')
     assert (code, err) == (0, "") and not tree(tmp_path)
     plan = json.loads(out)
-    assert set(plan) == {"blocks", "share", "peak_memory_bytes", "size_bytes"}
+    assert set(plan) == {"blocks", "share", "peak_memory_bytes", "size_bytes", "notes"}
     assert [len(groups) for groups in plan["blocks"].values()] == [4, 4]
     sizes = {"q": 32 * 32, "k": 16 * 32, "v": 16 * 32, "o": 32 * 32, "mlp": 3 * 32 * 64, "norms": 64}
     assert plan["share"] == pytest.approx(1 - (sizes["v"] + sizes["norms"]) / sum(sizes.values()))
     assert plan["size_bytes"]["before"] == plan["size_bytes"]["after"] > 0
+
+
+def test_a_dry_run_says_what_will_be_stored_otherwise_than_asked(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    asymmetric = ["--set", "quantize.weights=int4-g8-asym"]
+    assert "note: 4-bit weights of this scheme take 8 bits" in run("--dry-run", "--recipe", "rtn-w8a8", *asymmetric)[1]
+    transposed = tiny_folder(tmp_path / "dense", "gpt2")
+    assert "not Conv1D" in run("--dry-run", "--recipe", "jsq", model=transposed)[1]
+    assert "note: " not in run("--dry-run", "--recipe", "jsq")[1]
 
 
 def test_the_plan_predicts_the_bytes_on_disk(run: Callable[..., tuple[int, str, str]]) -> None:
