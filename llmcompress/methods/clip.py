@@ -15,14 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.core.group import MatrixGroup, Method, run_methods
+from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.stats import InputStats
+from llmcompress.core.trial import Trials, gather
 from llmcompress.errors import UserError
-
-#: tokens that a trial is fitted to and that it is judged on, and outputs of each matrix that take part
-FIT_TOKENS, HELD_TOKENS, TRIAL_OUTPUTS = 2048, 512, 1024
-#: fits of all candidates together use at most this share of the rows
-FIT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,27 +57,20 @@ class Clip(Method):
         group.figures["clip_ratio"] = self.candidates[best]
         if needs <= stats.needs and limits[best] == stats.clip:
             return stats
-        return _gather(stats, stats.rows, needs, limits[best])
+        return gather(stats, stats.rows, needs, limits[best])
 
     def _choose(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...], limits: list[float]) -> int:
         """Index of the candidate whose trial has the least error on held-back rows; notes all errors."""
-        held, fit = _held_and_fit(stats.rows, len(self.candidates))
-        if not len(fit):
-            group.warnings.append(f"{group.name}: {len(held)} rows are too few to choose a clip ratio; took the first")
+        trials = Trials(group, stats, rest, len(limits))
+        if not len(trials.fit):
+            group.warnings.append(
+                f"{group.name}: {stats.count} rows are too few to choose a clip ratio; took the first"
+            )
             return 0
-        sample = _some_outputs(group)
-        originals = [m.weight if group.smoothing is None else m.weight / group.smoothing for m in sample]
-        energy = sum(float((held @ w.T).square().sum()) for w in originals)
-        needs = frozenset().union(*(m.needs for m in rest))
-        top = float(fit.abs().max())
-        errors: dict[float, float] = {}  # by the limit that clamps something; candidates that clamp alike share it
-        for limit in limits:
-            seen = limit if limit < top else math.inf
-            if seen not in errors:
-                trial = sample.trial()
-                run_methods(rest, trial, _gather(stats, [fit], needs, seen))
-                errors[seen] = trial.output_error(held, originals) / max(energy, torch.finfo(torch.float32).tiny)
-        relative = [errors[limit if limit < top else math.inf] for limit in limits]
+        top = float(trials.fit.abs().max())
+        seen = [limit if limit < top else math.inf for limit in limits]  # candidates that clamp alike share a trial
+        errors = {limit: trials.error(clip=limit) for limit in dict.fromkeys(seen)}
+        relative = [errors[limit] for limit in seen]
         group.figures["clip_errors"] = {f"{c:g}": e for c, e in zip(self.candidates, relative, strict=True)}
         return min(range(len(relative)), key=relative.__getitem__)
 
@@ -106,48 +95,3 @@ def clip_limits(rows: list[Tensor], ratios: tuple[float, ...]) -> list[float]:
         largest = torch.cat([largest.to(size), size.topk(min(wanted, len(size))).values])
         largest = largest.topk(min(wanted, len(largest))).values
     return [float(largest[count]) if count else math.inf for count in clamped]
-
-
-def _gather(stats: InputStats, rows: list[Tensor], needs: frozenset[str], clip: float) -> InputStats:
-    """Statistics of ``rows`` clipped, smoothed as ``stats`` are."""
-    gathered = InputStats(stats.width, needs, rows[0].device if rows else "cpu", clip)
-    for x in rows:
-        gathered.update(x)
-    if stats.scale is not None:
-        gathered.rescale(stats.scale)
-    return gathered
-
-
-def _held_and_fit(rows: list[Tensor], candidates: int) -> tuple[Tensor, Tensor]:
-    """Two disjoint samples of the tokens, spread evenly over all of them, (tokens, in) float32 each.
-
-    The golden ratio's multiples are even at every length and in step with no sequence length, so that neither
-    sample collects the first tokens of the sequences, which are unlike the others.
-    """
-    total = sum(x.shape[0] for x in rows)
-    order = (torch.arange(total, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1).argsort()
-    held = min(HELD_TOKENS, -(-total // 5))
-    fit = min(FIT_TOKENS, total - held, max(int(FIT_SHARE * total / candidates), 64))
-    picked = [order[:held].sort().values, order[held : held + fit].sort().values]
-    return tuple(_take(rows, indices) for indices in picked)  # type: ignore[return-value]
-
-
-def _take(rows: list[Tensor], indices: Tensor) -> Tensor:
-    """Tokens by their sorted position in ``rows`` put end to end."""
-    taken, start = [], 0
-    for x in rows:
-        inside = indices[(indices >= start) & (indices < start + x.shape[0])] - start
-        taken.append(x[inside.to(x.device)].float())
-        start += x.shape[0]
-    return torch.cat(taken)
-
-
-def _some_outputs(group: MatrixGroup) -> MatrixGroup:
-    """A trial group with at most `TRIAL_OUTPUTS` evenly spread output rows of each matrix."""
-    sample = group.trial()
-    for matrix in sample:
-        step = -(-matrix.weight.shape[0] // TRIAL_OUTPUTS)
-        matrix.weight = matrix.weight[::step]
-        matrix.keep = None if matrix.keep is None else matrix.keep[::step]
-        matrix.aim = None if matrix.aim is None else matrix.aim[::step]
-    return sample

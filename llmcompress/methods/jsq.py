@@ -7,19 +7,29 @@ Clipping, smoothing and rounding, the other steps of the paper, are stages of th
 
 Departures: SS is exact over all calibration tokens (the released code averages samples first); ρ is stated per
 token, so that it means the same for any number and length of samples (the paper's 2.1 goes with ‖X_j‖ over
-sequences of 2048 tokens divided by the number of sequences: 2.1 / √2048); SS is ranked without range(Y_i), which
-is common to a row."""
+sequences of 2048 tokens divided by the number of sequences: 2.1 / √2048); ``rho: auto`` takes for each input the ρ
+whose result, after the steps that follow, has the least output error on held-back rows. (Averaging N samples
+shrinks their range about √N-fold, so the released code's ρ of 2.1 acts like 2.1 / √(2048 N) here.) SS is ranked
+without range(Y_i), which is common to a row."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from llmcompress.core.group import MatrixGroup, Method
+from torch import Tensor
+
+from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.salience import CentredRows, range_excess
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
+from llmcompress.core.trial import Trials, stride
 from llmcompress.errors import UserError
+
+#: the paper's ρ, per token, and what ``auto`` tries: shares of it, none to all
+PAPER_RHO = 2.1 / math.sqrt(2048)
+AUTO_RHO = (0.0, PAPER_RHO / 32, PAPER_RHO / 8, PAPER_RHO / 2, PAPER_RHO)
 
 
 @dataclass(frozen=True)
@@ -28,28 +38,54 @@ class JSQ(Method):
 
     Attributes:
         sparsity: how many.
-        rho: weight of the range against the energy, per token.
+        rho: weight of the range against the energy, per token; ``auto`` chooses it per input.
     """
 
     sparsity: Sparsity
-    rho: float = 2.1 / math.sqrt(2048)
+    rho: float | Literal["auto"] = PAPER_RHO
 
     stage = "prune"
     needs = frozenset({"squares", "rows"})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho < math.inf:
-            raise UserError(f"rho {self.rho} is not a finite number ≥ 0", "prune.rho", "0.0464 is the paper's")
+        if self.rho != "auto" and not 0 <= self.rho < math.inf:
+            raise UserError(
+                f"rho {self.rho} is not a finite number ≥ 0", "prune.rho", "use auto; 0.0464 is the paper's"
+            )
 
     def misfit(self, columns: int) -> str:
         return self.sparsity.misfit(columns)
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         rows = CentredRows(stats)
+        excess = {m.name: range_excess(m.weight, rows) for m in group}  # (out, in) each
+        rho = self._choose_rho(group, stats, rest, excess) if self.rho == "auto" else self.rho
+        group.figures["rho"] = rho
         for matrix in group:
-            score = matrix.weight.abs() * stats.rms  # (out, in)
-            score += self.rho * range_excess(matrix.weight, rows)
-            if matrix.keep is not None:
-                score.masked_fill_(~matrix.keep, -math.inf)  # a score may be negative: what is gone counts first
-            matrix.prune(self.sparsity.keep_mask(score))
+            self._prune(matrix, stats.rms, excess[matrix.name], rho)
         return stats
+
+    def _prune(self, matrix: Matrix, rms: Tensor, excess: Tensor, rho: float) -> None:
+        score = matrix.weight.abs() * rms + rho * excess  # (out, in)
+        if matrix.keep is not None:
+            score.masked_fill_(~matrix.keep, -math.inf)  # a score may be negative: what is gone counts first
+        matrix.prune(self.sparsity.keep_mask(score))
+
+    def _choose_rho(
+        self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...], excess: dict[str, Tensor]
+    ) -> float:
+        """The ρ with the least error on held-back rows; notes all errors."""
+        trials = Trials(
+            group, stats, rest, number=1
+        )  # the masks are of all rows; only the steps that follow are fitted
+        if not len(trials.fit):
+            group.warnings.append(f"{group.name}: {stats.count} rows are too few to choose rho; took 0")
+            return 0.0
+        rms = stats.rms
+
+        def error(rho: float) -> float:
+            return trials.error(lambda m: self._prune(m, rms, excess[m.name][:: stride(len(excess[m.name]))], rho))
+
+        errors = {rho: error(rho) for rho in AUTO_RHO}
+        group.figures["rho_errors"] = {f"{rho:.2g}": e for rho, e in errors.items()}
+        return min(errors, key=errors.__getitem__)

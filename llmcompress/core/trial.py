@@ -1,0 +1,103 @@
+"""Trying a decision out: what the steps that follow would make of it, judged by the output error on held-back rows.
+
+    error = Σ ‖X Wᵀ − X̂ Qᵀ‖² / Σ ‖X Wᵀ‖²,  X held back, X̂ as run time sees it, Q after the steps that follow
+
+exact for the rows and outputs in the sample. Trials are fitted to other rows than they are judged on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
+from llmcompress.core.stats import InputStats
+
+#: tokens that trials are fitted to and that they are judged on, and outputs of each matrix that take part
+FIT_TOKENS, HELD_TOKENS, TRIAL_OUTPUTS = 2048, 512, 1024
+#: fits of all trials together use at most this share of the rows
+FIT_SHARE = 0.5
+
+
+class Trials:
+    """Trials of one group.
+
+    Args:
+        group: as decided so far; it is not changed.
+        stats: of its rows, which must be among them.
+        rest: the steps that follow.
+        number: of trials that will be made, which share the rows to be fitted to.
+    """
+
+    def __init__(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...], number: int) -> None:
+        self.stats, self.rest = stats, rest
+        self.held, self.fit = held_and_fit(stats.rows, number)
+        self.sample = _some_outputs(group)
+        back = 1.0 if group.smoothing is None else group.smoothing
+        self.originals = [(m.weight if m.aim is None else m.aim) / back for m in self.sample]
+        self.energy = sum(float((self.held @ w.T).square().sum()) for w in self.originals)
+        self.needs = frozenset[str]().union(*(method.needs for method in rest))
+
+    def error(self, decide: Callable[[Matrix], None] = lambda matrix: None, clip: float = math.inf) -> float:
+        """Relative output error after ``decide`` on each sampled matrix and the steps that follow.
+
+        Args:
+            decide: changes a matrix of at most `TRIAL_OUTPUTS` outputs, every ``stride(outputs)``-th of the whole.
+            clip: limit to which the rows are clamped in the statistics that the steps see.
+        """
+        trial = self.sample.trial()
+        for matrix in trial:
+            decide(matrix)
+        run_methods(self.rest, trial, gather(self.stats, [self.fit], self.needs, clip))
+        return trial.output_error(self.held, self.originals) / max(self.energy, torch.finfo(torch.float32).tiny)
+
+
+def stride(outputs: int) -> int:
+    """Every how many-th output row of a matrix takes part in trials."""
+    return -(-outputs // TRIAL_OUTPUTS)
+
+
+def gather(stats: InputStats, rows: list[Tensor], needs: frozenset[str], clip: float) -> InputStats:
+    """Statistics of ``rows`` (tokens, in) clipped, smoothed as ``stats`` are."""
+    gathered = InputStats(stats.width, needs, rows[0].device if rows else "cpu", clip)
+    for x in rows:
+        gathered.update(x)
+    if stats.scale is not None:
+        gathered.rescale(stats.scale)
+    return gathered
+
+
+def held_and_fit(rows: list[Tensor], number: int) -> tuple[Tensor, Tensor]:
+    """Two disjoint samples of the tokens, spread evenly over all of them, (tokens, in) float32 each.
+
+    The golden ratio's multiples are even at every length and in step with no sequence length, so that neither
+    sample collects the first tokens of the sequences, which are unlike the others.
+    """
+    total = sum(x.shape[0] for x in rows)
+    order = (torch.arange(total, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2) % 1).argsort()
+    held = min(HELD_TOKENS, -(-total // 5))
+    fit = min(FIT_TOKENS, total - held, max(int(FIT_SHARE * total / number), 64))
+    return _take(rows, order[:held].sort().values), _take(rows, order[held : held + fit].sort().values)
+
+
+def _take(rows: list[Tensor], indices: Tensor) -> Tensor:
+    """Tokens by their sorted position in ``rows`` put end to end."""
+    taken, start = [], 0
+    for x in rows:
+        inside = indices[(indices >= start) & (indices < start + x.shape[0])] - start
+        taken.append(x[inside.to(x.device)].float())
+        start += x.shape[0]
+    return torch.cat(taken)
+
+
+def _some_outputs(group: MatrixGroup) -> MatrixGroup:
+    """A trial group with at most `TRIAL_OUTPUTS` evenly spread output rows of each matrix."""
+    sample = group.trial()
+    for matrix in sample:
+        step = stride(matrix.weight.shape[0])
+        matrix.weight = matrix.weight[::step]
+        matrix.keep = None if matrix.keep is None else matrix.keep[::step]
+        matrix.aim = None if matrix.aim is None else matrix.aim[::step]
+    return sample
