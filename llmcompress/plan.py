@@ -107,8 +107,8 @@ def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) 
     return plan
 
 
-def check_fit(recipe: Recipe, model: BlockwiseModel) -> list[str]:
-    """Names of the matrices a recipe will compress.
+def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int]]:
+    """Names and shapes (out, in) of the matrices a recipe will compress.
 
     Raises:
         UserError: a pattern or group does not divide a width, nothing is targeted, or the result could not be loaded.
@@ -126,7 +126,7 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> list[str]:
                         "let the inputs be rounded too: --set quantize.activations=int8")  # fmt: skip
     if not views:
         raise UserError("no matrix is targeted", f"recipe {recipe.name}", "widen targets.include or targets.exclude")
-    return [view.name for view in views]
+    return {view.name: view.shape for view in views}
 
 
 def _misses_packed(network: PreTrainedModel, linear: nn.Module) -> bool:

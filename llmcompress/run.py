@@ -26,7 +26,7 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.report import Report
 from llmcompress.sampling import self_samples
-from llmcompress.walk import Walk
+from llmcompress.walk import Walk, warm_up
 
 #: sequences of the model's own samples on which the result is judged if no text is given, and their seed's offset
 HELD_OUT_SAMPLES = 16
@@ -135,10 +135,12 @@ class Run:
         source = self.source
         with self.phases("load"):
             dense = source.open()
-        check_fit(self.recipe, dense)
+        shapes = check_fit(self.recipe, dense)
         check_disk_space(target, estimate_size(dense, self.recipe))
         with self.phases("calibration"):
             tokens, eval_tokens = draw_tokens(source, True, self.progress)
+        with self.phases("kernels"), self.progress.phase("preparing kernels", 1):
+            warm_up(self.recipe, min(columns for _, columns in shapes.values()))
         assert tokens is not None
         report = self._new_report(eval_tokens)
         with CheckpointWriter(target, force, source.folder) as writer:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.commit import Outcome, relative_errors
-from llmcompress.core.group import MatrixGroup, run_methods
+from llmcompress.core.group import Matrix, MatrixGroup, run_methods
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
@@ -201,6 +201,19 @@ class Walk:
         for name in [*missed, *found.unreached]:
             if self.recipe.targets(name):
                 self.warnings.append(f"{name}: left dense, no calibration token reached it")
+
+
+def warm_up(recipe: Recipe, width: int) -> None:
+    """Runs the recipe's steps once on a few random rows and outputs, so that compiled kernels are ready (and announced
+    as what they are) before the first block.
+
+    Args:
+        width: input columns, such as the recipe's patterns and groups divide.
+    """
+    rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    stats = InputStats(width, _needs(recipe))
+    stats.update(rows, rows)
+    run_methods(recipe.methods, MatrixGroup([Matrix("warm-up", rows[:16].clone())]), stats)
 
 
 def _needs(recipe: Recipe) -> frozenset[str]:

@@ -438,4 +438,8 @@ def test_json_prints_only_the_report_and_force_replaces_only_an_earlier_output(
 def test_progress_goes_to_standard_error_one_line_per_block(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = run("--no-eval")
     assert code == 0 and "matrices" in out
-    assert [line.split(":")[0] for line in err.splitlines()] == ["block 1/2 layers.0", "block 2/2 layers.1"]
+    assert [line.split(":")[0] for line in err.splitlines()] == [
+        "preparing kernels",
+        "block 1/2 layers.0",
+        "block 2/2 layers.1",
+    ]
