@@ -3,7 +3,7 @@
     python scripts/compare_reference.py --shared ../shared --output scripts/results/reference.json
 
 The reference file says how its figures were measured: 64 rows of 512 tokens of one text for calibration, up to 119
-rows of another for evaluation, float32. Results are merged into the output file, and rows found there are not run again."""
+rows of another for evaluation, float32. Results are merged into the output file; rows found there are not run again."""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ CONFIGS: dict[str, dict[str, object]] = {
     "gemma2": {**_LLAMA_LIKE, "query_pre_attn_scalar": 8, "sliding_window": 8},
     "gemma3_text": {**_LLAMA_LIKE, "query_pre_attn_scalar": 8, "sliding_window": 8},
     "phi3": {**_LLAMA_LIKE, "num_key_value_heads": 2},
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "bos_token_id": 1},
+    "falcon": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96, "bos_token_id": 1,
+    },
     "opt": {
         "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96,
         "max_position_embeddings": 64, "word_embed_proj_dim": 32,
