@@ -142,6 +142,10 @@ class Method:
         """One step that does this and the ``following`` one together, better than in turn; None if there is none."""
         return None
 
+    def draft(self) -> Method:
+        """What stands for this step in the trials of an earlier one: itself, unless it would make trials of its own."""
+        return self
+
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         """Changes the group; returns the statistics the next step reads (usually the same).
 

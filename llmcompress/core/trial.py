@@ -27,18 +27,18 @@ class Trials:
     Args:
         group: as decided so far; it is not changed.
         stats: of its rows, which must be among them.
-        rest: the steps that follow.
+        rest: the steps that follow; their drafts are run.
         number: of trials that will be made, which share the rows to be fitted to.
     """
 
     def __init__(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...], number: int) -> None:
-        self.stats, self.rest = stats, rest
+        self.stats, self.rest = stats, tuple(method.draft() for method in rest)
         self.held, self.fit = held_and_fit(stats.rows, number)
         self.sample = _some_outputs(group)
         back = 1.0 if group.smoothing is None else group.smoothing
         self.originals = [(m.weight if m.aim is None else m.aim) / back for m in self.sample]
         self.energy = sum(float((self.held @ w.T).square().sum()) for w in self.originals)
-        self.needs = frozenset[str]().union(*(method.needs for method in rest))
+        self.needs = frozenset[str]().union(*(method.needs for method in self.rest))
 
     def error(self, decide: Callable[[Matrix], None] = lambda matrix: None, clip: float = math.inf) -> float:
         """Relative output error after ``decide`` on each sampled matrix and the steps that follow.

@@ -26,6 +26,7 @@ from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
 from llmcompress.core.trial import Trials, stride
 from llmcompress.errors import UserError
+from llmcompress.methods.wanda import Wanda
 
 #: the paper's ρ, per token, and what ``auto`` tries: shares of it, none to all
 PAPER_RHO = 2.1 / math.sqrt(2048)
@@ -55,6 +56,9 @@ class JSQ(Method):
 
     def misfit(self, columns: int) -> str:
         return self.sparsity.misfit(columns)
+
+    def draft(self) -> Method:
+        return self if self.rho != "auto" else Wanda(self.sparsity)  # which is JSQ with ρ = 0
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         rows = CentredRows(stats)

@@ -13,9 +13,10 @@ from llmcompress.core.grid import QuantGrid
 from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
+from llmcompress.core.trial import held_and_fit
 from llmcompress.errors import UserError
 from llmcompress.methods.clip import Clip, clip_limits
-from llmcompress.methods.jsq import JSQ
+from llmcompress.methods.jsq import AUTO_RHO, JSQ
 from llmcompress.methods.magnitude import Magnitude
 from llmcompress.methods.rtn import RTN
 from llmcompress.methods.smoothquant import SmoothQuant
@@ -213,3 +214,45 @@ def test_the_whole_recipe_leaves_exact_zeros_on_the_grid() -> None:
         < group.output_error(x, dense)
         < 0.5 * sum(float((x @ w.T).square().sum()) for w in dense)
     )
+
+
+def test_auto_rho_is_the_candidate_with_the_least_error_on_held_back_rows() -> None:
+    """Each candidate's whole pipeline run by hand on the same rows."""
+    torch.manual_seed(0)
+    X = torch.randn(600, 24) * torch.logspace(-1, 1, 24)
+    W = torch.randn(12, 24)
+    rest = (SmoothQuant(alpha=0.5), RTN(QuantGrid(bits=3), QuantGrid(bits=4, group="token", dynamic=True)))
+
+    def stats_of(rows: torch.Tensor, needs: set[str]) -> InputStats:
+        stats = InputStats(24, needs)
+        stats.update(rows)
+        return stats
+
+    group = MatrixGroup([Matrix("m", W.clone())])
+    method = JSQ(Sparsity.parse("0.5"), rho="auto")
+    method.apply(group, stats_of(X, {"squares", "rows"}), rest)
+    held, fit = held_and_fit([X], 1)
+    errors = {}
+    for rho in AUTO_RHO:
+        trial = MatrixGroup([Matrix("m", W.clone())])
+        JSQ(Sparsity.parse("0.5"), rho=rho).apply(trial, stats_of(X, {"squares", "rows"}))
+        run_methods(rest, trial, stats_of(fit, {"absmax"}))
+        errors[rho] = trial.output_error(held, [W])
+    assert group.figures["rho"] == min(errors, key=errors.__getitem__)
+    chosen = MatrixGroup([Matrix("m", W.clone())])
+    JSQ(Sparsity.parse("0.5"), rho=group.figures["rho"]).apply(chosen, stats_of(X, {"squares", "rows"}))
+    assert torch.equal(group.matrices[0].keep, chosen.matrices[0].keep)
+
+
+def test_trials_run_a_step_that_makes_no_trials_of_its_own() -> None:
+    draft = JSQ(Sparsity.parse("2:4"), rho="auto").draft()
+    assert isinstance(draft, Wanda)
+    X, W = torch.randn(50, 8), torch.randn(4, 8)
+    masks = []
+    for method in (draft, JSQ(Sparsity.parse("2:4"), rho=0.0)):
+        stats = InputStats(8, {"squares", "rows"})
+        stats.update(X)
+        group = MatrixGroup([Matrix("m", W.clone())])
+        method.apply(group, stats)
+        masks.append(group.matrices[0].keep)
+    assert torch.equal(*masks)
