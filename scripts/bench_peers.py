@@ -123,6 +123,8 @@ class Bench:
             seconds = [f["seconds"] for f in figures]
             peak = max(f["peak_memory_bytes"] for f in figures)
             found[program] = figures[-1] | {"seconds": min(seconds), "rounds": seconds, "peak_memory_bytes": peak}
+            if program == THEIRS:
+                found[program]["batch"] = self.options.peer_batch
             if not self.options.no_eval:
                 found[program]["quality"] = self.judge(program, recipe, setting)
         return found
@@ -135,6 +137,7 @@ class Bench:
         result = self.work / "figures.json"
         result.unlink(missing_ok=True)
         given = asdict(setting) | {"program": program, "recipe": recipe, "threads": o.threads, "device": o.device}
+        given["peer_batch"] = o.peer_batch
         job.write_text(json.dumps(given | {"output": str(output), "result": str(result)}))
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), str(o.threads))
         environment = os.environ | threads | {"HF_HUB_OFFLINE": "1"}
@@ -228,6 +231,7 @@ def arguments() -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--samples", type=int, help="calibration rows, instead of 64 and 16")
     add("--no-eval", action="store_true", help="time only")
+    add("--peer-batch", type=int, default=1, help="rows at once through llm-compressor; its own default is 1")
     add("--peer-python", default=".venv-bench/bin/python", help="has llm-compressor, see `make bench-setup`")
     add("--checkpoint", default="../shared/models/tiny-llama", help="the bundled Llama")
     add("--calibration-text", default="../shared/data/books-calibration.txt")

@@ -22,8 +22,6 @@ import torch
 
 #: the linear layers of Llama's blocks; a pruner of llm-compressor told to ignore the head prunes it if it is tied
 PROJECTIONS = ["re:.*(q|k|v|o|gate|up|down)_proj$"]
-#: rows that go through llm-compressor at once: the 4096 tokens that llmcompress takes
-PEER_BATCH_TOKENS = 4096
 
 
 def llmcompress_run(job: dict[str, Any]) -> Callable[[], object]:
@@ -46,8 +44,7 @@ def llm_compressor_run(job: dict[str, Any]) -> Callable[[], object]:
 
     recipe = llm_compressor_recipe(job["recipe"])
     rows = load_file(job["tokens"])["input_ids"][: job["samples"]]
-    batch = max(1, PEER_BATCH_TOKENS // job["length"])
-    loader = DataLoader([{"input_ids": row} for row in rows], batch_size=batch)
+    loader = DataLoader([{"input_ids": row} for row in rows], batch_size=job["peer_batch"])
 
     def run() -> None:
         model = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=getattr(torch, job["dtype"]))
