@@ -164,6 +164,7 @@ class Run:
         walk = Walk(
             dense, self.recipe, tokens, replay=self.options.low_memory, phases=self.phases, progress=self.progress
         )
+        report.calibration["samples"] = len(walk.tokens)
         for finished in walk.run():
             with self.phases("write"):
                 writer.add(finished.tensors)

@@ -101,12 +101,14 @@ class Walk:
         phases: Phases | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.model, self.recipe, self.tokens, self.replay = model, recipe, tokens, replay
+        self.model, self.recipe, self.replay = model, recipe, replay
         self.phases = phases or Phases()
         self.progress = progress or Progress(silent=True)
         self.progress.total_blocks = len(model.blocks)
         self.warnings: list[str] = []
         self._needs = _needs(recipe)
+        # steps that need no statistics need no more rows than the errors are measured on
+        self.tokens = tokens if self._needs else tokens[: -(-ERROR_ROWS // tokens.shape[1])]
         self._smooths = any(method.stage == "smooth" for method in recipe.methods)
 
     @torch.no_grad()

@@ -216,3 +216,13 @@ def test_smoothing_is_stored_though_dense_inputs_are_propagated(tmp_path: Path) 
     assert not torch.equal(
         smoothed.model.layers[1].input_layernorm.weight, model.model.layers[1].input_layernorm.weight
     )
+
+
+def test_steps_that_need_no_statistics_are_given_only_the_rows_that_errors_are_measured_on(tmp_path: Path) -> None:
+    path = tiny_folder(tmp_path)
+    many = TOKENS.repeat(20, 1)  # 2880 tokens
+    model = BlockwiseModel(Checkpoint(path), torch.float32)
+    rounding = {"stages": [{"quantize": {"weights": "int8", "activations": "int8"}}]}
+    fixed = {"stages": [{"quantize": {"weights": "int8", "activations": "int8-static"}}]}
+    assert Walk(model, Recipe.from_tree(rounding, "t"), many).tokens.numel() == 528
+    assert Walk(model, Recipe.from_tree(fixed, "t"), many).tokens.numel() == 2880

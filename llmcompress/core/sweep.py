@@ -66,11 +66,11 @@ def factorise(H: Tensor, damping: float = 0.01, dtype: torch.dtype = torch.float
         raise UserError("the calibration's Gram matrix holds NaN or infinite values", fix="calibrate in float32")
     dead = diagonal == 0
     mean = float(diagonal.double().sum() / max(int((~dead).sum()), 1)) or 1.0
-    reversed_H = H.to(dtype).flip(0, 1)
     while damping <= MOST_DAMPING:
-        damped = reversed_H.clone()
+        damped = H.to(dtype).flip(0, 1)
         damped.diagonal().add_((dead.to(dtype) * mean + damping * mean).flip(0))
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # before the next matrix of this size
         if not failed and torch.isfinite(lower.diagonal()).all():
             return Factor(lower.flip(0, 1).to(H.dtype), dead, damping, damping * mean)
         damping *= 10
