@@ -171,7 +171,9 @@ def _estimate_memory(model: BlockwiseModel, recipe: Recipe, block: int, width: i
     """Resident weights, one block and the float32 copies of half of it, the live activations of all micro-batches,
     and a Gram matrix of the widest input if a step wants it."""
     item = model.dtype.itemsize
-    resident = sum(p.numel() for p in model.model.parameters() if p.device.type != "meta") * item
+    head = model.model.get_output_embeddings()
+    inside = {id(p) for b in model.blocks for p in b.module.parameters()} | {id(p) for p in head.parameters()}
+    resident = sum(p.numel() for p in model.model.parameters() if id(p) not in inside) * item
     hidden = model.model.config.get_text_config().hidden_size
     live = tokens * (2 * hidden + 2 * width) * item + tokens * width * 4 * any(
         "rows" in m.needs for m in recipe.methods

@@ -18,7 +18,7 @@ from llmcompress.export.checkpoint import COMPANIONS, REMOTE_CODE, CheckpointWri
 from llmcompress.export.destination import RECORD, check_disk_space
 from llmcompress.export.quantized import Scheme, quantization_config, storage_note
 from llmcompress.measure import Phases, peak_memory_bytes, versions
-from llmcompress.model.checkpoint import Checkpoint
+from llmcompress.model.checkpoint import Checkpoint, require_finite
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.locate import locate
 from llmcompress.plan import check_fit, estimate_size
@@ -172,7 +172,10 @@ class Run:
             report.blocks.append(finished.report)
         with self.phases("write"):
             for names in dense.checkpoint.in_chunks(dense.rest_sources()):
-                writer.add(dense.checkpoint.read(names))
+                tensors = dense.checkpoint.read(names)
+                for name, tensor in tensors.items():
+                    require_finite(name, tensor)
+                writer.add(tensors)
         report.warnings += walk.warnings + sorted({note for s in schemes.values() if (note := storage_note(s))})
         return schemes
 

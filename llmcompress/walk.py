@@ -118,6 +118,8 @@ class Walk:
         with gates([block.module for model in models for block in model.blocks]):
             with self.phases("forward"):
                 lanes = [Lane(model, self.tokens) for model in models]
+                for model in models:
+                    model.release_embeddings()
             for index, block in enumerate(self.model.blocks):
                 started = time.perf_counter()
                 self.progress.begin_block(block.name)

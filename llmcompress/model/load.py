@@ -1,7 +1,7 @@
 """A model whose decoder blocks are empty until they are needed.
 
-The skeleton has the real modules without storage; embeddings, final norm and head are read at once, blocks one by
-one. Names are translated by transformers' own conversion table, so checkpoints saved under other names load too."""
+The skeleton has the real modules without storage; embeddings, final norm and, if logits are wanted, the head are read
+when forwards start, blocks one by one. Names are translated by transformers' own conversion table, so checkpoints saved under other names load too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BlockwiseModel:
     """A causal language model read from a checkpoint, block by block.
 
     Attributes:
-        model: the transformers module; parameters of absent blocks are on the meta device.
+        model: the transformers module; parameters that are not loaded are on the meta device.
         blocks: in order.
         dtype: floating dtype of the arithmetic; stored weights are converted to it.
         schemes: of quantized matrices by module name; empty for a dense checkpoint.
@@ -57,9 +57,7 @@ class BlockwiseModel:
         self.source_names = self._match_names()
         self._require_complete()
         self._prefixes = tuple(block.name + "." for block in self.blocks)
-        self._load({name for name, _ in self.model.named_parameters()} - set(self._block_parameters()))
         self._place_buffers()
-        self.model.tie_weights()
         self.model.eval().requires_grad_(False)
 
     def load_block(self, index: int) -> Block:
@@ -80,12 +78,28 @@ class BlockwiseModel:
         """Another model of the same checkpoint, with its own copy of each block."""
         return BlockwiseModel(self.checkpoint, self.dtype, self.device, self.trust_remote_code)
 
+    def load_rest(self, head: bool) -> None:
+        """Materialises what lies outside the blocks, the output head only if it is wanted."""
+        wanted = self.model if head else self.model.base_model
+        inside = {id(p) for block in self.blocks for p in block.module.parameters()}
+        absent = {id(p) for p in wanted.parameters() if p.device.type == "meta"} - inside
+        self._load({name for name, p in self.model.named_parameters() if id(p) in absent})
+        self.model.tie_weights()
+
+    def release_embeddings(self) -> None:
+        """Frees the token embeddings, and the head with them, once every forward is past them."""
+        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
+            if module is not None:
+                module.to(device="meta")
+
     def start_forwards(self, batches: list[Tensor], head: bool = False) -> list[SuspendedForward]:
         """One forward of the whole model per (B, T) batch of token ids, each waiting at the first block.
 
         Args:
             head: go on to the logits after the last block, (B, T, V); otherwise the result is None.
         """
+
+        self.load_rest(head)
 
         def forward_of(ids: Tensor) -> Callable[[], Tensor | None]:
             network = self.model if head else self.model.base_model
