@@ -1,7 +1,8 @@
 """A model whose decoder blocks are empty until they are needed.
 
-The skeleton has the real modules without storage; embeddings, final norm and, if logits are wanted, the head are read
-when forwards start, blocks one by one. Names are translated by transformers' own conversion table, so checkpoints saved under other names load too."""
+The skeleton has the real modules without storage. Embeddings, final norm and, if logits are wanted, the head are read
+when forwards start, blocks one by one. Names are translated by transformers' own conversion table, so checkpoints saved
+under other names load too."""
 
 from __future__ import annotations
 
