@@ -147,13 +147,13 @@ def relative_errors(work: MatrixGroup, originals: list[Tensor], rows: Tensor, de
         rows: X̂ (tokens, in) that reach the compressed matrices; their dtype is that of the arithmetic.
         dense_rows: X; the same as ``rows`` unless the dense model's outputs are aimed at.
     """
-    back = 1.0 if work.smoothing is None else 1 / work.smoothing
     errors = []
     for matrix, dense in zip(work.matrices, originals, strict=True):
+        stored = matrix.weight if work.smoothing is None else matrix.weight / work.smoothing
         meant = dense_rows @ dense.to(rows.dtype).T
         if rows is dense_rows:
-            lost = rows @ (dense - matrix.weight * back).to(rows.dtype).T
+            lost = rows @ (dense - stored).to(rows.dtype).T
         else:
-            lost = meant - rows @ (matrix.weight * back).to(rows.dtype).T
+            lost = meant - rows @ stored.to(rows.dtype).T
         errors.append(float(lost.float().square().sum() / meant.float().square().sum().clamp(min=1e-30)))
     return errors

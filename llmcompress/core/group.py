@@ -44,11 +44,18 @@ class Matrix:
         """Input width."""
         return self.weight.shape[1]
 
-    def prune(self, keep: Tensor) -> None:
-        """Zeroes where ``keep`` (out, in) is False. What an earlier stage dropped stays dropped."""
+    def prune(self, keep: Tensor, values: Tensor | None = None) -> None:
+        """Zeroes where ``keep`` (out, in) is False. What an earlier stage dropped stays dropped.
+
+        Args:
+            values: (out, in) new values of what is kept, zero elsewhere; None leaves the weights that stay as they are.
+        """
         self.aim = self.weight if self.aim is None else self.aim
-        self.keep = keep if self.keep is None else self.keep & keep
-        self.weight = torch.where(self.keep, self.weight, 0.0)
+        earlier, self.keep = self.keep, keep if self.keep is None else self.keep & keep
+        if values is None:
+            self.weight = torch.where(self.keep, self.weight, 0.0)
+        else:
+            self.weight = values if earlier is None else values.masked_fill(~self.keep, 0.0)
 
     def quantize(self, quantized: QuantizedWeight) -> None:
         """Takes the rounded values. Zero is a level of every grid, so pruned weights stay exactly zero."""

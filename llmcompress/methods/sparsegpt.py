@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from llmcompress.core.compensate import LeastSquares
 from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.sparsity import Sparsity
@@ -71,8 +69,7 @@ class SparseGPT(Method):
             W = curvature.aim(matrix)
             mask = Mask(self.sparsity, curvature.factor.V.diagonal(), len(W))
             values = sweep(W, curvature.factor, mask)
-            matrix.prune(mask.keep)
-            matrix.weight = values if matrix.keep is None else torch.where(matrix.keep, values, 0.0)
+            matrix.prune(mask.keep, values)
             if self.refit:
                 self._refit(matrix, LeastSquares(W, curvature.H, curvature.factor.ridge))
         return stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -122,12 +123,11 @@ class Checkpoint:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raises UserError naming the tensor if it holds a NaN or an infinity."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    if not all(math.isfinite(extreme) for extreme in (tensor if tensor.itemsize > 1 else tensor.float()).aminmax()):
         bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise UserError(
-                f"{bad} of {tensor.numel()} weights are NaN or infinite", name, "give an undamaged checkpoint"
-            )
+        raise UserError(f"{bad} of {tensor.numel()} weights are NaN or infinite", name, "give an undamaged checkpoint")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
