@@ -97,6 +97,21 @@ def test_inputs_are_rounded_only_after_their_group_was_served() -> None:
     torch.testing.assert_close(forward.result, inputs[0] + block.down.bias)
 
 
+@pytest.mark.parametrize("replay", [False, True])
+@torch.no_grad()
+def test_going_ahead_leaves_the_forward_in_front_and_finishing_rounds_its_inputs(replay: bool) -> None:
+    model, inputs = build()
+    block = model[0]
+    with gates([block]):
+        forward = SuspendedForward(lambda: block(inputs[0]))
+        forward.resume()
+        visited = [number for number, _ in BlockPass(block, stops(block), [forward], replay, ahead=True).arrivals()]
+        assert visited == [0, 1]
+        assert isinstance(forward.place, AtBlock)
+        BlockPass(block, stops(block), [forward], replay).finish({1: torch.zeros_like})
+    torch.testing.assert_close(forward.result, inputs[0] + block.down.bias)
+
+
 def test_hooks_are_returned_and_errors_come_through() -> None:
     model, inputs = build()
     block = model[0]

@@ -194,8 +194,9 @@ def test_propagating_the_block_calibrates_on_dense_siblings_behind_compressed_bl
 
 
 @pytest.mark.parametrize("mode", ["block", "dense"])
-def test_every_mode_of_propagation_ends_in_the_model_that_is_stored(mode: str, tmp_path: Path) -> None:
-    """Each block's input is what the stored (or the dense) predecessors put out, quantized inputs included."""
+def test_propagation_decides_nothing_about_the_first_group_and_something_about_later_blocks(
+    mode: str, tmp_path: Path
+) -> None:
     path = tiny_folder(tmp_path)
     plain = walk(path, JOINT)
     other = walk(path, {**JOINT, "propagate": mode})

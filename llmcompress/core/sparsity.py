@@ -83,12 +83,6 @@ class Sparsity:
             keep.scatter_(-1, _lowest(grouped, drop), False)
         return keep.view_as(score)
 
-    def keep_mask_jointly(self, score: Tensor) -> Tensor:
-        """Like `keep_mask`, but a ratio compares all of ``score`` at once, as SparseGPT does in a block."""
-        if self.m:
-            return self.keep_mask(score)
-        return self.keep_mask(score.reshape(1, -1)).view_as(score)
-
 
 def _lowest(score: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` lowest scores along the last axis."""

@@ -79,9 +79,8 @@ class JSQ(Method):
         self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...], excess: dict[str, Tensor]
     ) -> float:
         """The ρ with the least error on held-back rows; notes all errors."""
-        trials = Trials(
-            group, stats, rest, number=1
-        )  # the masks are of all rows; only the steps that follow are fitted
+        # one fit: the masks are of all rows, and only the steps that follow are fitted
+        trials = Trials(group, stats, rest, number=1)
         if not len(trials.fit):
             group.warnings.append(f"{group.name}: {stats.count} rows are too few to choose rho; took 0")
             return 0.0

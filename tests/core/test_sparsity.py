@@ -60,16 +60,6 @@ def test_n_of_m_keeps_the_best_subset_of_every_group_by_brute_force(
         assert float(values[kept].sum()) == pytest.approx(best, abs=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
-@given(kind=KIND, rows=st.integers(1, 9), columns=st.integers(1, 40), ratio=st.floats(0, 0.99))
-def test_joint_mask_drops_the_lowest_of_the_whole_matrix(kind: str, rows: int, columns: int, ratio: float) -> None:
-    score = scores(kind, rows, columns, 3)
-    keep = Sparsity(ratio).keep_mask_jointly(score)
-    assert int((~keep).sum()) == round(ratio * rows * columns)
-    if keep.any() and not keep.all():
-        assert score[keep].min() >= score[~keep].max()
-
-
 @given(ratio=st.floats(0, 0.99), count=st.integers(0, 10_000))
 def test_zeros_of_a_ratio_is_rounded_to_nearest(ratio: float, count: int) -> None:
     assert abs(Sparsity(ratio).zeros_of(count) - ratio * count) <= 0.5
