@@ -168,6 +168,7 @@ class Run:
         for finished in walk.run():
             with self.phases("write"):
                 writer.add(finished.tensors)
+                finished.tensors.clear()  # or they would stay until the next block is finished
             schemes.update(finished.schemes)
             report.blocks.append(finished.report)
         with self.phases("write"):

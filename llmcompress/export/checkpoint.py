@@ -1,7 +1,9 @@
 """The output folder: safetensors shards written one decoder block at a time, under the final name only when complete.
 
 Everything is written into a hidden folder beside the final name, on the same file system, so that one rename publishes
-it. Until then, and after any failure, nothing exists under the final name (or, with ``force``, the old folder does)."""
+it. Until then, and after any failure, nothing exists under the final name (or, with ``force``, the old folder does).
+
+One shard at a time is written in the background, while the next block is compressed: disks are slow."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -71,6 +74,8 @@ class CheckpointWriter:
         self.total_bytes = 0  # of all tensors so far
         self._shards: list[list[str]] = []  # tensor names of each shard
         self._digests: list[str] = []
+        self._background = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[str] | None = None  # the last shard's digest
         self._names: set[str] = set()
         self._made_parents: list[Path] = []
         self._sealed = False
@@ -88,15 +93,19 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._background.shutdown()
+        failure = self._writing.exception() if self._writing and error is None else None
         if self.partial.exists():
             shutil.rmtree(self.partial, ignore_errors=True)
             for folder in self._made_parents:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
-        if _is_full_disk(error):
+        if _is_full_disk(error or failure):
             raise UserError(
                 "the disk is full", str(self.output), "free some space or choose another --output"
-            ) from error
+            ) from (error or failure)
+        if failure is not None:
+            raise failure
 
     @property
     def shard_names(self) -> list[str]:
@@ -109,10 +118,12 @@ class CheckpointWriter:
     @property
     def hashes(self) -> dict[str, str]:
         """sha256 of each shard by its final name; call it after the last ``add``."""
+        self._await_writing()
         return dict(zip(self.shard_names, self._digests, strict=True))
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Writes ``tensors`` at once as one shard (several if too large); keeps none of them.
+        """Writes ``tensors`` as one shard (several if too large) once the shard before is written, in the background;
+        they must not be changed afterwards. What went wrong is raised by the next call of a method.
 
         Raises:
             ValueError: a name was added before, or the folder is sealed.
@@ -123,11 +134,9 @@ class CheckpointWriter:
         if repeated:
             raise ValueError(f"tensor {repeated[0]} was already written")
         for names in _split(tensors, self.shard_bytes):
+            self._await_writing()
             path = self.partial / _temporary(len(self._shards))
-            save_file(_plain(tensors, names), path, {"format": "pt"})
-            path.chmod(self.partial.stat().st_mode & 0o666)  # safetensors lets only the owner read it
-            _sync(path)
-            self._digests.append(_sha256(path))
+            self._writing = self._background.submit(_write_shard, path, _plain(tensors, names))
             self._shards.append(names)
             self._names.update(names)
             self.total_bytes += sum(tensors[name].nbytes for name in names)
@@ -142,6 +151,7 @@ class CheckpointWriter:
             copy_from: folder of the input model.
             copy: patterns of the files to copy from there.
         """
+        self._await_writing()
         for source in _matching(copy_from, copy) if copy_from else ():
             target = self.partial / source.relative_to(copy_from or "")
             target.parent.mkdir(exist_ok=True)
@@ -176,6 +186,12 @@ class CheckpointWriter:
         self.seal(files, copy_from, copy)
         self.publish()
 
+    def _await_writing(self) -> None:
+        """Waits until the last shard is on disk, and raises what kept it from getting there."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._digests.append(writing.result())
+
     def _write(self, name: str, content: str | bytes) -> None:
         path = self.partial / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -201,6 +217,14 @@ class CheckpointWriter:
         _sync(self.output.parent)
         if replacing:
             shutil.rmtree(old)
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Writes one file and returns its sha256."""
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+    _sync(path)
+    return _sha256(path)
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

@@ -94,11 +94,24 @@ def test_a_call_above_the_limit_is_split_without_losing_a_tensor(tmp_path):
     assert all(torch.equal(tensor, tensors[name]) for shard in shards for name, tensor in shard.items())
 
 
-def test_each_call_is_on_disk_before_the_next(tmp_path):
+def test_what_was_added_is_on_disk_before_the_next_is_written(tmp_path):
     with CheckpointWriter(tmp_path / "out") as writer:
         for count in (1, 2, 3):
             writer.add({f"t{count}": torch.zeros(4)})
-            assert len(list(writer.partial.glob("*.safetensors"))) == count
+            before = [load_file(writer.partial / f"shard-{i:05d}.safetensors") for i in range(count - 1)]
+            assert [list(tensors) for tensors in before] == [[f"t{i}"] for i in range(1, count)]
+
+
+def test_what_went_wrong_in_the_background_is_raised_whichever_call_comes_next(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("llmcompress.export.checkpoint.save_file", broken)
+    for then in (lambda w: w.add({"b": torch.zeros(1)}), lambda w: w.hashes, lambda w: w.finish(FILES), lambda w: None):
+        with pytest.raises(RuntimeError, match="broken"), CheckpointWriter(tmp_path / "out") as writer:  # noqa: PT012
+            writer.add({"a": torch.zeros(1)})
+            then(writer)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_views_and_shared_tensors_are_stored_as_their_own_values(tmp_path):
