@@ -51,11 +51,12 @@ class Outcome:
 
     def working_copies(self, group: InputGroup, targeted: list[str]) -> MatrixGroup:
         """Float32 copies of a group's matrices for the methods; those not ``targeted`` are bystanders."""
-        copies = {m.name: Matrix(m.name, m.read(), self.dtype) for m in group.matrices}
+        copies = {m.name: Matrix(m.label, m.read(), self.dtype) for m in group.matrices}
         work = MatrixGroup(
             [copies[name] for name in targeted],
             [copy for name, copy in copies.items() if name not in targeted],
             fold_refusal=group.fold_refusal,
+            rounds_inputs=not any(unsupported(type(m.module)) for m in group.matrices),
         )
         fold = group.fold
         if fold is not None:
@@ -64,7 +65,7 @@ class Outcome:
 
     def commit(self, group: InputGroup, work: MatrixGroup, places: list[AtMatrix]) -> None:
         """Takes over what was decided, and renews the rows that wait at the group after a fold."""
-        views = {m.name: m for m in group.matrices}
+        views = {m.label: m for m in group.matrices}
         for matrix in work.matrices:
             self._commit_matrix(views[matrix.name], matrix, work)
         if work.smoothing is None or group.fold is None:
@@ -119,14 +120,27 @@ class Outcome:
         else:
             if matrix.quantized is not None:
                 work.activations = None
-                self.warnings.append(
+                self._warn(
                     f"{view.name}: rounded weights are stored dense and inputs are not rounded, "
                     f"{unsupported(type(view.module))}"
                 )
             stored = matrix.weight.to(self.dtype)
-            self.dense[f"{view.name}.weight"] = view.as_stored(stored)
+            self._keep_dense(view, stored)
         if self.in_place:
             view.write(stored)
+
+    def _warn(self, warning: str) -> None:
+        if warning not in self.warnings:  # once for all parts of a module
+            self.warnings.append(warning)
+
+    def _keep_dense(self, view: MatrixView, stored: Tensor) -> None:
+        name = f"{view.name}.weight"
+        if view.part is None:
+            self.dense[name] = view.as_stored(stored)
+            return
+        if name not in self.dense:  # parts that are not decided yet stay as they are
+            self.dense[name] = view.module.get_parameter("weight").detach().to(self.dtype, copy=True)
+        view.store(stored, self.dense[name])
 
     def _commit_fold(self, name: str, fold: NormFold, s: Tensor) -> None:
         before = {name: value.detach().clone() for name, value in fold.norm.named_parameters()}

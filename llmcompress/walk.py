@@ -154,7 +154,8 @@ class Walk:
                 raise UserError("its dense and compressed forwards take different ways", groups[number].name,
                                 "use target: compressed")  # fmt: skip
             with self.phases("compress"):
-                rounding = self._serve(groups[number], [places for _, places in arrived], outcome, finished.report)
+                for part in groups[number].parts():
+                    rounding = self._serve(part, [places for _, places in arrived], outcome, finished.report)
             if rounding is not None and self.recipe.propagate != "dense":
                 passes[0].rounding[number] = rounding
         with self.phases("forward"):
@@ -177,7 +178,8 @@ class Walk:
         Returns:
             How the group's inputs are rounded from now on; None if they are not.
         """
-        rows, dense_rows = ([place.x.reshape(-1, group.width) for place in lane] for lane in (places[0], places[-1]))
+        view = group.matrices[0]
+        rows, dense_rows = ([view.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
         _require_finite(group.name, rows)
         work = outcome.working_copies(group, [m.name for m in group.matrices if self.recipe.targets(m.name)])
         originals = [m.weight for m in work.matrices]

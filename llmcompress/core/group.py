@@ -73,6 +73,7 @@ class MatrixGroup:
         fold_refusal: why smoothing is impossible here; empty if the producing norm's fold was verified.
         snap: rounds a scale (in,) to one the producing norm can store exactly.
         smoothing: (in,) total scale s divided out of the inputs so far; None if none.
+        rounds_inputs: False where nothing rounds the inputs at run time, whatever a recipe asks for.
         activations: grid of the inputs at run time; None if they stay in floating point.
         activation_levels: of a static activation grid.
         figures: numbers a method wants in the report, e.g. the clip ratio or the damping used.
@@ -84,6 +85,7 @@ class MatrixGroup:
     fold_refusal: str = ""
     snap: Callable[[Tensor], Tensor] = field(default=lambda s: s)
     smoothing: Tensor | None = None
+    rounds_inputs: bool = True
     activations: QuantGrid | None = None
     activation_levels: Levels | None = None
     figures: dict[str, object] = field(default_factory=dict)

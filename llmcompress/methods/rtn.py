@@ -48,7 +48,8 @@ def round_to_nearest(matrix: Matrix, grid: QuantGrid) -> QuantizedWeight:
 
 
 def set_activation_grid(group: MatrixGroup, stats: InputStats, grid: QuantGrid | None) -> None:
-    """Notes the run-time grid of the inputs; a static one is fitted to the calibration's range."""
+    """Notes the run-time grid of the inputs, if any can be; a static one is fitted to the calibration's range."""
+    grid = grid if group.rounds_inputs else None
     group.activations = grid
     if grid is not None and not grid.dynamic:
         low, high = stats.low.amin().clamp(max=0), stats.high.amax().clamp(min=0)

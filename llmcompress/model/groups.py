@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from llmcompress.model.load import Block
 from llmcompress.model.matrix import MatrixView, is_matrix
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+#: where a tensor begins, how many elements it has, and its last axis
+Storage = tuple[int, int, int]
 
 
 @dataclass
@@ -27,7 +29,7 @@ class InputGroup:
 
     Attributes:
         matrices: in the order in which the block calls them; the first is where a forward is suspended.
-        width: columns of the tensor.
+        width: columns of the rows that the matrices multiply.
         fold: how to divide the tensor at its source; None if that is impossible.
         fold_name: dotted name of the norm it goes into.
         fold_refusal: why; empty if there is a fold.
@@ -42,7 +44,12 @@ class InputGroup:
     @property
     def name(self) -> str:
         """The first matrix's name."""
-        return self.matrices[0].name
+        return self.matrices[0].label
+
+    def parts(self) -> list[InputGroup]:
+        """The group itself, or one per group of its convolutions, each with rows of its own."""
+        split = zip(*(m.parts() for m in self.matrices), strict=True)
+        return [replace(self, matrices=list(matrices)) for matrices in split]
 
 
 @dataclass
@@ -73,19 +80,20 @@ def map_block(block: Block, call: Call) -> BlockMap:
     """
     record = _Record()
     with record.watch(block.module):
-        reference = _run(block.module, call)
-    groups: dict[tuple[int, int, int], InputGroup] = {}
+        reference = run_block(block.module, call)
+    groups: dict[tuple[Storage, tuple[object, ...]], InputGroup] = {}
     for module, x in record.matrix_inputs:
         view = MatrixView(f"{block.name}.{_name_of(block.module, module)}", module)
-        key = _storage(x)
-        groups.setdefault(key, InputGroup([], x.shape[-1])).matrices.append(view)
+        groups.setdefault((_storage(x), view.geometry), InputGroup([], view.shape[1])).matrices.append(view)
     found = list(groups.values())
-    for key, group in groups.items():
+    for (key, geometry), group in groups.items():
         norm = record.writers.get(key)
-        if norm is not None:
+        if geometry:
+            group.fold_refusal = "a convolution reads it, patch by patch"
+        elif norm is not None:
             group.fold, group.fold_refusal = find_fold(
                 norm, record.writer_inputs[key], [m.module for m in group.matrices],
-                lambda: _run(block.module, call), reference,
+                lambda: run_block(block.module, call), reference,
             )  # fmt: skip
             group.fold_name = f"{block.name}.{_name_of(block.module, norm)}" if group.fold else ""
     reached = {m.name for g in found for m in g.matrices}
@@ -100,8 +108,8 @@ class _Record:
 
     def __init__(self) -> None:
         self.matrix_inputs: list[tuple[nn.Module, Tensor]] = []
-        self.writers: dict[tuple[int, int, int], nn.Module] = {}
-        self.writer_inputs: dict[tuple[int, int, int], Tensor] = {}
+        self.writers: dict[Storage, nn.Module] = {}
+        self.writer_inputs: dict[Storage, Tensor] = {}
         self._alive: list[Tensor] = []
 
     @contextmanager
@@ -136,12 +144,12 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 1 and not list(module.children())
 
 
-def _storage(x: Tensor) -> tuple[int, int, int]:
+def _storage(x: Tensor) -> Storage:
     """Identity of the memory a tensor shows: equal for views of the whole, different for slices."""
     return x.data_ptr(), x.numel(), x.shape[-1]
 
 
-def _run(module: nn.Module, call: Call) -> Tensor:
+def run_block(module: nn.Module, call: Call) -> Tensor:
     """The block's hidden-state output; tensors among the arguments are copied, as blocks may write into them."""
     args, kwargs = call
     output = type(module).forward(module, *(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
