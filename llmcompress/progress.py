@@ -88,6 +88,11 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(name if relative_error is None else f"{name} error {relative_error:.1e}")
 
+    def note(self, text: str) -> None:
+        """Tells how far the work on the block is, beside the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+
     def end_block(self, zeros: float) -> None:
         """Leaves the block. ``zeros`` is the share of zeros in its compressed matrices."""
         now = time.perf_counter()

@@ -27,6 +27,7 @@ from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
+from llmcompress.rehearsal import Rehearsal
 from llmcompress.report import BlockReport, GroupReport
 from llmcompress.suspend import AtMatrix, BlockPass, Rounding, Stop, gates
 
@@ -57,11 +58,13 @@ class Lane:
     Args:
         model: its blocks are loaded one at a time.
         tokens: (N, T) int64.
+        batch: rows per micro-batch; None for full speed.
     """
 
-    def __init__(self, model: BlockwiseModel, tokens: Tensor) -> None:
+    def __init__(self, model: BlockwiseModel, tokens: Tensor, batch: int | None = None) -> None:
         self.model = model
-        self.probe, *self.forwards = model.start_forwards([tokens[:1, :PROBE_TOKENS], *micro_batches(tokens)])
+        batches = micro_batches(tokens) if batch is None else tokens.split(batch)
+        self.probe, *self.forwards = model.start_forwards([tokens[:1, :PROBE_TOKENS], *batches])
 
     def through(self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False) -> BlockPass:
         """The way through a loaded block, with a stop at each of the groups, which may be another model's."""
@@ -111,6 +114,8 @@ class Walk:
         # steps that need no statistics need no more rows than the errors are measured on
         self.tokens = tokens if self._needs else tokens[: -(-ERROR_ROWS // tokens.shape[1])]
         self._smooths = any(method.stage == "smooth" for method in recipe.methods)
+        self._batch = min((method.batch for method in recipe.methods if method.batch), default=None)
+        self._methods = recipe.methods  # as they are bound to the present block
 
     @torch.no_grad()
     def run(self) -> Iterator[CompressedBlock]:
@@ -118,7 +123,7 @@ class Walk:
         models = [self.model, *([self.model.twin()] if "cross" in self._needs else [])]
         with gates([block.module for model in models for block in model.blocks]):
             with self.phases("forward"):
-                lanes = [Lane(model, self.tokens) for model in models]
+                lanes = [Lane(model, self.tokens, self._batch) for model in models]
                 for model in models:
                     model.release_embeddings()
             for index, block in enumerate(self.model.blocks):
@@ -141,6 +146,9 @@ class Walk:
         groups = [g for g in found.groups if any(self.recipe.targets(m.name) for m in g.matrices)]
         outcome = Outcome(self.model, in_place=self.recipe.propagate == "compressed")
         finished = CompressedBlock(BlockReport(self.model.blocks[index].name))
+        with self.phases("compress"):
+            view = self._rehearsal(index, groups, lanes)
+            self._methods = tuple(method.for_block(view) for method in self.recipe.methods)
         ahead = self.recipe.propagate == "block"
         passes = [lane.through(index, groups, self.replay, ahead) for lane in lanes]
         arrivals = zip(*(p.arrivals() for p in passes), strict=True)
@@ -170,6 +178,13 @@ class Walk:
             finished.tensors, finished.schemes = outcome.tensors(index), outcome.schemes
         return finished
 
+    def _rehearsal(self, index: int, groups: list[InputGroup], lanes: list[Lane]) -> Rehearsal:
+        modules = [lane.model.blocks[index].module for lane in lanes]
+        return Rehearsal(
+            self.model.blocks[index].name, modules[0], groups, self.recipe.targets, lanes[0].forwards,
+            (modules[-1], lanes[-1].forwards), self.model.checkpoint.dtype, self.progress.note,
+        )  # fmt: skip
+
     def _serve(
         self, group: InputGroup, places: list[list[AtMatrix]], outcome: Outcome, report: BlockReport
     ) -> Rounding | None:
@@ -186,7 +201,7 @@ class Walk:
         stats = InputStats(group.width, self._needs, device=rows[0].device)
         for x, dense in zip(rows, dense_rows, strict=True):
             stats.update(x, dense)
-        run_methods(self.recipe.methods, work, stats)
+        run_methods(self._methods, work, stats)
         sample = _sample(rows)
         errors = relative_errors(work, originals, sample, _sample(dense_rows) if len(places) > 1 else sample)
         outcome.commit(group, work, places[0])
@@ -198,7 +213,7 @@ class Walk:
         return _rounding(work)
 
     def _group_report(self, group: InputGroup, work: MatrixGroup) -> GroupReport:
-        if not self._smooths:
+        if not self._smooths and work.smoothing is None:
             return GroupReport(group.name, figures=work.figures)
         folded = work.smoothing is not None
         return GroupReport(group.name, folded, "" if folded else group.fold_refusal, work.figures)

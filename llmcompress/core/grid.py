@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,12 +123,17 @@ class QuantGrid:
         Returns:
             Levels of shape (rows or 1, cols / group size).
         """
-        grouped = self._grouped(x.float())
-        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        low, high = self.bounds(x)
         if self.observer == "minmax":
             return self.levels(low, high, scale_dtype)
+        grouped = self._grouped(x.float())
         weight = None if column_weight is None else self._grouped(column_weight.float().expand_as(x))
         return self._fit_mse(grouped, low, high, scale_dtype, weight)
+
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value of each part of ``x`` (rows, cols) that shares a scale, and zero, (rows or 1, G)."""
+        grouped = self._grouped(x.float())
+        return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
     def levels(self, low: Tensor, high: Tensor, scale_dtype: torch.dtype = torch.float32) -> Levels:
         """The grid over [low, high], where low ≤ 0 ≤ high, both (rows or 1, G)."""
@@ -156,6 +162,14 @@ class QuantGrid:
     def round(self, x: Tensor, levels: Levels) -> Tensor:
         """``x`` on the grid, float32."""
         return self.dequantize(self.quantize(x, levels), levels)
+
+    def round_through(self, x: Tensor, levels: Levels) -> Tensor:
+        """The values of `round` for ``x`` (rows, cols); gradients pass rounding as if it were not there, and reach the
+        ``levels`` too."""
+        zero = 0.0 if levels.zero_point is None else levels.zero_point[..., None]
+        exact = self._grouped(x.float()) / levels.scale[..., None] + zero
+        codes = torch.clamp(_StraightThrough.apply(exact), *self.range)
+        return ((codes - zero) * levels.scale[..., None]).view_as(x)
 
     def round_activations(self, x: Tensor, levels: Levels | None = None) -> Tensor:
         """An activation as run time sees it: rounded per token, tensor or group, in its own dtype.
@@ -217,6 +231,18 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """(out, in) float32."""
         return self.grid.dequantize(self.codes, self.levels)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding, whose gradient is taken to be one (Bengio et al., 2013, arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llmcompress.core.block import BlockView
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.core.stats import InputStats
 
@@ -138,10 +139,12 @@ class Method:
     Attributes:
         stage: where it stands in a recipe: ``clip``, ``prune``, ``smooth`` or ``quantize``.
         needs: the statistics it reads (see `llmcompress.core.stats.KINDS`).
+        batch: calibration rows per micro-batch, where it matters to the step; None if it does not.
     """
 
     stage: str
     needs: frozenset[str] = frozenset()
+    batch: int | None = None
 
     def misfit(self, columns: int) -> str:
         """Why a matrix with ``columns`` inputs cannot take this step; empty if it can."""
@@ -150,6 +153,10 @@ class Method:
     def join(self, following: Method) -> Method | None:
         """One step that does this and the ``following`` one together, better than in turn; None if there is none."""
         return None
+
+    def for_block(self, view: BlockView) -> Method:
+        """The step as it is applied to the groups of one block; a step that learns on the block does it here."""
+        return self
 
     def draft(self) -> Method:
         """What stands for this step in the trials of an earlier one: itself, unless it would make trials of its own."""

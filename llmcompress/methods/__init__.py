@@ -8,6 +8,7 @@ from llmcompress.methods.clip import Clip
 from llmcompress.methods.gptq import GPTQ
 from llmcompress.methods.jsq import JSQ
 from llmcompress.methods.magnitude import Magnitude
+from llmcompress.methods.omniquant import OmniQuant
 from llmcompress.methods.rtn import RTN
 from llmcompress.methods.smoothquant import SmoothQuant
 from llmcompress.methods.sparsegpt import SparseGPT
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "awq": AWQ,
     "rtn": RTN,
     "gptq": GPTQ,
+    "omniquant": OmniQuant,
 }
 
 #: method of a stage that names none
