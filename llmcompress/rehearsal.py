@@ -95,8 +95,8 @@ class Rehearsal:
         """Hooks lent to the matrices of the groups that ``inputs`` names, for one forward."""
         hooks = []
         for name, transform in inputs.items():
-            hook = _once_per_tensor(transform)
-            hooks += [reader.register_forward_pre_hook(hook) for reader in self._readers[name]]
+            transformed = _once_per_tensor(transform)
+            hooks += [reader.register_forward_pre_hook(transformed) for reader in self._readers[name]]
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ from llmcompress.methods.awq import AWQ
 from llmcompress.methods.clip import Clip
 from llmcompress.methods.gptq import GPTQ
 from llmcompress.methods.jsq import JSQ
+from llmcompress.methods.llm_pruner import LLMPruner
 from llmcompress.methods.magnitude import Magnitude
 from llmcompress.methods.omniquant import OmniQuant
 from llmcompress.methods.rtn import RTN
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "wanda": Wanda,
     "jsq": JSQ,
     "sparsegpt": SparseGPT,
+    "llm_pruner": LLMPruner,
     "smoothquant": SmoothQuant,
     "awq": AWQ,
     "rtn": RTN,
