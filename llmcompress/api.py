@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from llmcompress.errors import UserError
 from llmcompress.evaluate.divergence import Divergence
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.destination import check_output
@@ -100,6 +101,9 @@ def _prepare(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe, overrides)
     target = Path("compressed") / f"{short_name(str(model))}-{recipe.name}" if output is None else Path(output)
     check_output(target, force)
+    if options.recover_steps and recipe.structured is None:
+        raise UserError("the recipe has no step that makes matrices smaller, so there is nothing to recover",
+                        "--recover-steps", "leave it out, or use e.g. --recipe llm-pruner-20")  # fmt: skip
     source = Source(model, options)
     check_output(target, force, source.folder)
     return source, recipe, target

@@ -56,6 +56,8 @@ def compress_command(arguments: Sequence[str]) -> int:
         seed=options.seed,
         device=options.device,
         dtype=options.dtype,
+        recover_steps=options.recover_steps,
+        recover=options.recover,
         low_memory=options.low_memory,
         trust_remote_code=options.trust_remote_code,
     )
@@ -121,6 +123,12 @@ def _compress_parser() -> argparse.ArgumentParser:
     )
     judged.add_argument("--no-eval", action="store_true", help="skip the evaluation")
     add("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
+
+    recovery = parser.add_argument_group("recovery after a step that makes matrices smaller")
+    add = recovery.add_argument
+    add("--recover-steps", type=int, default=0, metavar="N", help="train N steps on the calibration rows (default: 0)")
+    add("--recover", default="full", choices=["full", "lora"],
+        help="what is trained: all weights of the blocks, or low-rank additions (by peft; default: full)")  # fmt: skip
 
     machine = parser.add_argument_group("machine")
     add = machine.add_argument

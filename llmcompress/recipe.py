@@ -20,6 +20,7 @@ import yaml
 from llmcompress.core.grid import QuantGrid
 from llmcompress.core.group import Method
 from llmcompress.core.sparsity import Sparsity
+from llmcompress.core.structure import StructuredMethod
 from llmcompress.errors import UserError, nearest
 from llmcompress.methods import DEFAULT_METHOD, METHODS
 from llmcompress.resources import configs_dir
@@ -116,6 +117,8 @@ class Recipe:
         if not stages:
             raise UserError("no stages", where, f"add one of {', '.join(DEFAULT_METHOD)}")
         built = tuple(_build_stage(kind, options, where) for kind, options in stages)
+        if any(isinstance(stage.method, StructuredMethod) for stage in built[1:]):
+            raise UserError("a step that makes matrices smaller comes first, and once", where, "move it to the front")
         if run["propagate"] != "compressed" and any("cross" in stage.method.needs for stage in built):
             raise UserError("target: dense needs propagate: compressed", where, "change one of them")
         return Recipe(
@@ -151,9 +154,20 @@ class Recipe:
         return tuple(stage.method for stage in self.stages)
 
     @property
+    def structured(self) -> StructuredMethod | None:
+        """The step that makes matrices smaller before the walk; None if there is none."""
+        first = self.stages[0].method if self.stages else None
+        return first if isinstance(first, StructuredMethod) else None
+
+    @property
+    def blockwise(self) -> Recipe:
+        """What is left for the walk: the recipe without its structured step, perhaps no stage at all."""
+        return self if self.structured is None else dataclasses.replace(self, stages=self.stages[1:])
+
+    @property
     def sparsity(self) -> Sparsity | None:
-        """Of the last stage that prunes; None if none does."""
-        found = [getattr(m, "sparsity", None) for m in self.methods if m.stage == "prune"]
+        """Of the last stage that zeroes weights; None if none does."""
+        found = [getattr(m, "sparsity", None) for m in self.blockwise.methods if m.stage == "prune"]
         return found[-1] if found else None
 
     @property

@@ -101,6 +101,9 @@ class Report:
         top1_agreement: share of positions with the same most likely token.
         calibration: source, samples and length of the calibration rows.
         evaluation: the same of the rows that were evaluated on, if any.
+        structure: of a step that made matrices smaller: the share of the blocks' weights asked for and removed, and how
+            many groups of each kind a block kept; empty if there was none.
+        recovery: of the training after it: kind, steps, rate, the loss of every step; empty if there was none.
         blocks: in the order of the forward.
         warnings: what was skipped or degraded, in plain words.
         output: the folder that was written.
@@ -120,6 +123,8 @@ class Report:
     top1_agreement: float | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    structure: dict[str, Any] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     output: str = ""
@@ -186,6 +191,9 @@ class Report:
     def _headline(self) -> list[list[str]]:
         size, perplexity = self.size_bytes, self.perplexity
         rows = [["size of the weights", bytes_text(size["before"]), bytes_text(size["after"]), change(size)]]
+        if self.structure:
+            asked = f"of {self.structure['target']:.1%}"
+            rows.append(["removed from the blocks' matrices", "", f"{self.structure['achieved']:.2%}", asked])
         if self.effective_bits is not None and self.sparsity is not None:
             rows.append(["bits per compressed weight", "", f"{self.effective_bits:.2f}", ""])
             rows.append(["zeros in compressed weights", "", f"{self.sparsity:.1%}", ""])
@@ -203,6 +211,14 @@ class Report:
         lines = [f"{self.seconds:.1f} s" + (f" ({listed})" if listed else "")]
         if self.peak_memory_bytes:
             lines[0] += f", peak memory {bytes_text(self.peak_memory_bytes)}"
+        if self.structure:
+            kept = ", ".join(f"{n} of {total} {kind}" for kind, (n, total) in self.structure["kept per block"].items())
+            lines.append(f"kept in every block: {kept}")
+        if self.recovery:
+            first, last = self.recovery["loss"][0], self.recovery["loss"][-1]
+            lines.append(
+                f"recovered in {self.recovery['steps']} steps ({self.recovery['kind']}): loss {first:.3f} → {last:.3f}"
+            )
         for name, rows in (("calibrated", self.calibration), ("evaluated", self.evaluation)):
             if rows:
                 lines.append(f"{name} on {rows['source']}: {rows['samples']} × {rows['length']} tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from llmcompress.export.checkpoint import COMPANIONS, REMOTE_CODE, CheckpointWri
 from llmcompress.export.destination import RECORD, check_disk_space
 from llmcompress.export.quantized import Scheme, quantization_config, storage_note
 from llmcompress.measure import Phases, peak_memory_bytes, versions
-from llmcompress.model.checkpoint import Checkpoint, require_finite
+from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.locate import locate
 from llmcompress.plan import check_fit, estimate_size
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
+from llmcompress.recover import KINDS, recover
 from llmcompress.report import Report
+from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, restructure
 from llmcompress.sampling import self_samples
 from llmcompress.walk import Walk, warm_up
 
@@ -47,6 +50,8 @@ class Options:
         seed: of everything random.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: of the arithmetic: ``auto``, ``float32`` or ``bfloat16``. Weights are stored in the checkpoint's dtype.
+        recover_steps: of training after a structured step, to make up for what it removed; 0 for none.
+        recover: ``full`` trains all weights of the blocks, ``lora`` low-rank additions to them, merged at the end.
         low_memory: replay blocks instead of suspending them.
         trust_remote_code: run code that came with the checkpoint.
     """
@@ -59,13 +64,20 @@ class Options:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    recover_steps: int = 0
+    recover: str = "full"
     low_memory: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for key, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("auto", "float32", "bfloat16"))):
+        known_values = {
+            "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "recover": KINDS,
+        }  # fmt: skip
+        for key, known in known_values.items():
             if getattr(self, key) not in known:
                 raise UserError(f"unknown '{getattr(self, key)}'", f"--{key}", nearest(getattr(self, key), known))
+        if self.recover_steps < 0:
+            raise UserError(f"{self.recover_steps} steps", "--recover-steps", "use 0 or more")
         Calibration(self.calibration, self.samples, self.length, self.seed)  # refuses what makes no rows
 
     @property
@@ -135,18 +147,22 @@ class Run:
         source = self.source
         with self.phases("load"):
             dense = source.open()
-        shapes = check_fit(self.recipe, dense)
-        check_disk_space(target, estimate_size(dense, self.recipe))
+        walked = self.recipe.blockwise
+        shapes = check_fit(walked, dense)
+        check_disk_space(
+            target, estimate_size(dense, walked) + hidden_bytes(self.recipe, dense, self.options.recover_steps)
+        )
         with self.phases("calibration"):
             tokens, eval_tokens = draw_tokens(source, True, self.progress)
         with self.phases("kernels"), self.progress.phase("preparing kernels", 1):
-            warm_up(self.recipe, min(columns for _, columns in shapes.values()))
+            warm_up(walked, min(columns for _, columns in shapes.values()))
         assert tokens is not None
         report = self._new_report(eval_tokens)
-        with CheckpointWriter(target, force, source.folder) as writer:
-            schemes = self._walk(dense, tokens, writer, report)
+        with ExitStack() as hidden, CheckpointWriter(target, force, source.folder) as writer:
+            start = self._starting_point(dense, tokens, target, hidden, report)
+            schemes = self._walk(start, tokens, writer, report)
             patterns = COMPANIONS + (REMOTE_CODE if self.options.trust_remote_code else ())
-            writer.seal(self._files(dense, schemes, writer, report), source.folder, patterns)
+            writer.seal(self._files(start, schemes, writer, report), source.folder, patterns)
             report.size_bytes = {"before": source.checkpoint.size_bytes, "after": writer.total_bytes}
             if eval_tokens is not None:
                 self._evaluate(dense, Checkpoint(writer.partial), eval_tokens, report)
@@ -157,12 +173,46 @@ class Run:
             writer.publish({"report.json": report.to_json() + "\n", "README.md": card})
         return report
 
+    def _starting_point(
+        self, dense: BlockwiseModel, tokens: Tensor, target: Path, hidden: ExitStack, report: Report
+    ) -> BlockwiseModel:
+        """The model the walk begins with: the dense one, or what a structured step and its recovery leave of it."""
+        method, o, model = self.recipe.structured, self.options, dense
+        if method is None:
+            return dense
+
+        def folder(what: str) -> CheckpointWriter:
+            return hidden.enter_context(CheckpointWriter(target.with_name(f".{target.name}.{what}")))
+
+        with self.phases("structure"):
+            checkpoint, report.structure = restructure(
+                dense, method, self.recipe.targets, tokens, folder("smaller"), self.progress
+            )
+            model = self.source.open(checkpoint)
+        if o.recover_steps:
+            with self.phases("recover"):
+                checkpoint, report.recovery = recover(
+                    model, tokens, o.recover_steps, o.recover, o.seed, folder("recovered"), self.progress
+                )
+                model = self.source.open(checkpoint)
+        check_fit(self.recipe.blockwise, model)
+        return model
+
     def _walk(
         self, dense: BlockwiseModel, tokens: Tensor, writer: CheckpointWriter, report: Report
     ) -> dict[str, Scheme]:
+        if not self.recipe.blockwise.stages:
+            with self.phases("write"):
+                report.blocks = copy_model(dense, writer)
+            return {}
         schemes: dict[str, Scheme] = {}
         walk = Walk(
-            dense, self.recipe, tokens, replay=self.options.low_memory, phases=self.phases, progress=self.progress
+            dense,
+            self.recipe.blockwise,
+            tokens,
+            replay=self.options.low_memory,
+            phases=self.phases,
+            progress=self.progress,
         )
         report.calibration["samples"] = len(walk.tokens)
         for finished in walk.run():
@@ -172,11 +222,7 @@ class Run:
             schemes.update(finished.schemes)
             report.blocks.append(finished.report)
         with self.phases("write"):
-            for names in dense.checkpoint.in_chunks(dense.rest_sources()):
-                tensors = dense.checkpoint.read(names)
-                for name, tensor in tensors.items():
-                    require_finite(name, tensor)
-                writer.add(tensors)
+            copy_rest(dense, writer)
         report.warnings += walk.warnings + sorted({note for s in schemes.values() if (note := storage_note(s))})
         return schemes
 
@@ -225,6 +271,7 @@ class Run:
             "versions": report.versions,
             "calibration": asdict(self.options.calibration_rows),
             "pattern": str(sparsity) if sparsity else "dense",
+            "structure": report.structure,
             "matrices": {
                 m.name: {"shape": list(m.shape), "zeros": round(m.sparsity * m.weights), "bits": m.bits}
                 for m in report.matrices
