@@ -6,13 +6,12 @@ the matrices themselves, consecutive columns lie a power of two apart and would 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from llmcompress.core.kernels.threads import share
 
 #: rows per tile; a multiple of the widest vector register
 TILE = 128
@@ -20,23 +19,6 @@ TILE = 128
 CHUNKS = 16
 #: multiplications and additions may be fused; nothing else is loosened
 FAST = {"contract", "nsz"}
-
-
-def _share(kernel: Callable[..., None], size: int, unit: int, threads: int, *arguments: object) -> None:
-    """Runs ``kernel(first, last, *arguments)`` over ``size`` items in equal spans of whole units, one per thread.
-
-    The kernels release the interpreter's lock. Plain threads, not numba's own: those would spin beside torch's.
-    """
-    units = -(-size // unit)
-    span = -(-units // max(1, min(threads, units))) * unit if units else 1
-    spans = [(first, min(first + span, size)) for first in range(0, size, span)]
-    others = [threading.Thread(target=kernel, args=(*ends, *arguments)) for ends in spans[1:]]
-    for thread in others:
-        thread.start()
-    for ends in spans[:1]:
-        kernel(*ends, *arguments)
-    for thread in others:
-        thread.join()
 
 
 @njit(fastmath=FAST)
@@ -196,7 +178,7 @@ def sweep_columns(
     """
     into = (weight.numpy(), values.numpy(), first, error.numpy(), carried.numpy(), V.numpy(), keep.numpy(), n, m)
     grid = (scale.numpy(), zero.numpy(), level_of.numpy(), np.float32(codes[0]), np.float32(codes[1]))
-    _share(_sweep_rows, len(weight), TILE, torch.get_num_threads(), *into, *grid)
+    share(_sweep_rows, len(weight), TILE, torch.get_num_threads(), *into, *grid)
 
 
 @njit(fastmath=FAST)
@@ -233,7 +215,7 @@ def adjust_columns(weight: Tensor, first: int, carried: Tensor, V: Tensor, adjus
         adjusted: (c, rows) the result.
     """
     arguments = (weight.numpy(), first, carried.numpy(), V.numpy(), adjusted.numpy())
-    _share(_adjust_rows, len(weight), TILE, torch.get_num_threads(), *arguments)
+    share(_adjust_rows, len(weight), TILE, torch.get_num_threads(), *arguments)
 
 
 @njit(nogil=True, cache=True)
@@ -281,12 +263,12 @@ def keep_highest(score: Tensor, drop: int) -> Tensor:
     prefix, before = 0, 0
     for high_shift, low_shift in ((31, 20), (20, 9), (9, 0)):
         counts = np.zeros((CHUNKS, 2048), np.int64)
-        _share(_histogram, CHUNKS, 1, threads, bits, prefix, high_shift, low_shift, counts)
+        share(_histogram, CHUNKS, 1, threads, bits, prefix, high_shift, low_shift, counts)
         reached = before + np.cumsum(counts.sum(0))
         bucket = int(np.searchsorted(reached, drop))
         before = int(reached[bucket - 1]) if bucket else before
         prefix = (prefix << (high_shift - low_shift)) | bucket
     equal = counts[:, bucket]
     earlier = np.cumsum(equal) - equal
-    _share(_above, CHUNKS, 1, threads, bits, prefix, np.clip(drop - before - earlier, 0, equal), keep)
+    share(_above, CHUNKS, 1, threads, bits, prefix, np.clip(drop - before - earlier, 0, equal), keep)
     return torch.from_numpy(keep).view(score.shape)
