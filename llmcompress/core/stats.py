@@ -17,6 +17,8 @@ KINDS = frozenset({"absmax", "low", "high", "mean", "mean_abs", "squares", "gram
 SYRK_WIDTH = 1024
 #: columns of the products that make up a narrower Gram matrix
 GRAM_BLOCK = 256
+#: entries of rows that are taken to float32 at once: little enough for memory that was used before
+UPDATE_ENTRIES = 6 << 20
 
 
 class InputStats:
@@ -64,7 +66,10 @@ class InputStats:
             self.rows.append(x)
         if x.shape[0] == 0 or not self.sums:
             return
-        x32 = x.float()
+        for part, same in zip(pieces(x), pieces(x if dense is None else dense), strict=True):
+            self._add(part, same)
+
+    def _add(self, x32: Tensor, dense: Tensor) -> None:
         if self.clip < math.inf:
             x32 = x32.clamp(-self.clip, self.clip)
         for kind, total in self.sums.items():
@@ -82,8 +87,8 @@ class InputStats:
                 total += torch.linalg.vector_norm(x32, dim=0).square_()
             elif kind == "gram":
                 add_gram(total, x32)
-            elif dense is not None:
-                total.addmm_(dense.to(x32).T, x32)
+            else:
+                total.addmm_(dense.T, x32)
 
     def merge(self, other: InputStats) -> None:
         """Adds the statistics of other rows over the same inputs."""
@@ -152,10 +157,19 @@ class InputStats:
         """(in, in) H = XᵀX / tokens, a new tensor."""
         return mirror(self.sums["gram"] / max(self.count, 1))
 
+    def take_gram(self) -> Tensor:
+        """`gram` in the memory of the sums, which are gone then: for the last step that reads it."""
+        return mirror(self.sums.pop("gram").div_(max(self.count, 1)))
+
     @property
     def cross(self) -> Tensor:
         """(in, in) C = X̄ᵀX / tokens, X̄ the dense model's rows, a new tensor."""
         return self.sums["cross"] / max(self.count, 1)
+
+
+def pieces(x: Tensor) -> Iterator[Tensor]:
+    """Rows ``x`` (tokens, in) in float32, a few thousand at a time."""
+    yield from (part.float() for part in x.split(max(UPDATE_ENTRIES // x.shape[1], 1)))
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:

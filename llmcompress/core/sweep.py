@@ -20,14 +20,18 @@ from itertools import pairwise
 from types import ModuleType
 
 import torch
+from scipy.linalg.lapack import dpotrf, spotrf
 from torch import Tensor
 
 from llmcompress.core.kernels import sweep_cpu
-from llmcompress.core.targets import BLOCK, ColumnTarget, Mask, Round
+from llmcompress.core.stats import mirror
+from llmcompress.core.targets import ColumnTarget, Mask, Round
 from llmcompress.errors import UserError
 
 #: multiples of the mean diagonal beyond which more damping would leave nothing of H
 MOST_DAMPING = 1e4
+#: columns per matrix product
+BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Factor:
     ridge: float
 
 
-def factorise(H: Tensor, damping: float = 0.01, dtype: torch.dtype = torch.float32) -> Factor:
+def factorise(H: Tensor, damping: float = 0.01, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> Factor:
     """Factors the damped Gram matrix: the lower Cholesky factor of H with both axes reversed, reversed back.
 
     Dead inputs get the mean of the diagonal. Where H is not positive definite the damping is multiplied
@@ -57,24 +61,54 @@ def factorise(H: Tensor, damping: float = 0.01, dtype: torch.dtype = torch.float
         H: (in, in) symmetric.
         damping: first λ, as a multiple of the mean diagonal over live inputs.
         dtype: of the factorisation; V is returned in H's own.
+        overwrite: H is no longer needed: V takes its memory, if ``dtype`` is H's own.
 
     Raises:
         UserError: H holds NaN or infinite values.
     """
-    diagonal = H.diagonal()
+    invalid = UserError("the calibration's Gram matrix holds NaN or infinite values", fix="calibrate in float32")
+    diagonal = H.diagonal().to(dtype, copy=True)
     if not torch.isfinite(diagonal.sum()):
-        raise UserError("the calibration's Gram matrix holds NaN or infinite values", fix="calibrate in float32")
+        raise invalid
     dead = diagonal == 0
     mean = float(diagonal.double().sum() / max(int((~dead).sum()), 1)) or 1.0
+    work = _reverse(H if overwrite and H.dtype == dtype and H.is_contiguous() else H.to(dtype, copy=True).contiguous())
     while damping <= MOST_DAMPING:
-        damped = H.to(dtype).flip(0, 1)
-        damped.diagonal().add_((dead.to(dtype) * mean + damping * mean).flip(0))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # before the next matrix of this size
-        if not failed and torch.isfinite(lower.diagonal()).all():
-            return Factor(lower.flip(0, 1).to(H.dtype), dead, damping, damping * mean)
+        work.diagonal().copy_((diagonal + dead * mean + damping * mean).flip(0))
+        if _cholesky(work):
+            return Factor(_reverse(work).triu_().to(H.dtype), dead, damping, damping * mean)
+        mirror(work)  # the upper triangle still is H's
         damping *= 10
-    raise UserError("the calibration's Gram matrix holds NaN or infinite values", fix="calibrate in float32")
+    raise invalid
+
+
+def _reverse(matrix: Tensor, chunk: int = 1 << 20) -> Tensor:
+    """Reverses both axes of a contiguous matrix in place: its entries in the opposite order."""
+    entries = matrix.view(-1)
+    size = len(entries)
+    for first in range(0, size // 2, chunk):
+        last = min(first + chunk, size // 2)
+        head = entries[first:last].flip(0)
+        entries[first:last] = entries[size - last : size - first].flip(0)
+        entries[size - last : size - first] = head
+    return matrix
+
+
+def _cholesky(matrix: Tensor) -> bool:
+    """Puts the lower Cholesky factor into the lower triangle, in place, and leaves what is above the diagonal.
+
+    Returns:
+        False if the matrix is not positive definite; its lower triangle and diagonal are then lost.
+    """
+    if matrix.device.type == "cpu":  # row-major lower is column-major upper
+        potrf = dpotrf if matrix.dtype == torch.float64 else spotrf
+        _, failed = potrf(matrix.numpy().T, lower=0, overwrite_a=1, clean=0)
+    else:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        failed = int(info)
+        if not failed:
+            matrix.copy_(lower + matrix.triu(1))
+    return not failed and bool(torch.isfinite(matrix.diagonal()).all())
 
 
 def sweep_reference(weight: Tensor, factor: Factor, targets: Sequence[ColumnTarget]) -> Tensor:
@@ -103,13 +137,20 @@ def sweep_reference(weight: Tensor, factor: Factor, targets: Sequence[ColumnTarg
     return Q
 
 
-def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Round | None = None) -> Tensor:
+def sweep(
+    weight: Tensor,
+    factor: Factor,
+    mask: Mask | None = None,
+    rounding: Round | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """`sweep_reference` for a mask, a grid, or a mask and then a grid, at the speed of matrix products.
 
     Args:
         weight: (out, in) float32 W.
         factor: of the damped Gram matrix, float32.
         mask, rounding: hold their decisions afterwards.
+        out: (out, in) contiguous, where to put Q: ``weight`` itself if that is no longer needed.
 
     Devices for which there is no kernel, and other dtypes, take the reference.
 
@@ -122,11 +163,12 @@ def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Ro
     targets: list[ColumnTarget] = [t for t in (mask, rounding) if t is not None]
     kernels = kernels_for(weight.device)
     if weight.dtype != torch.float32 or kernels is None:
-        return sweep_reference(weight, factor, targets)
+        Q = sweep_reference(weight, factor, targets)
+        return Q if out is None else out.copy_(Q)
     V, W = factor.V, weight.contiguous()
-    Q, E = torch.empty_like(W), W.new_empty(W.shape[1], W.shape[0])  # E is transposed: (in, out)
+    Q, E = torch.empty_like(W) if out is None else out, W.new_empty(W.shape[1], W.shape[0])  # E is (in, out)
     outside = [t for t in targets if t.group and not (t is mask and mask.sparsity.m)]
-    for block in _blocks(len(V), mask.sparsity.m if mask else 0, [t.group for t in outside]):
+    for block in _blocks(len(V), mask.sparsity.m if mask else 0, [t.group for t in outside], kernels.COLUMNS):
         b = block[0].start
         carried = V[:b, b : block[-1].stop].T @ E[:b]  # (block, out)
         for now in block:
@@ -142,17 +184,18 @@ def sweep(weight: Tensor, factor: Factor, mask: Mask | None = None, rounding: Ro
     return Q
 
 
-def _blocks(columns: int, m: int, groups: list[int]) -> list[list[slice]]:
-    """Blocks of columns, cut into what the kernel can take at once: between two decisions made outside of it."""
+def _blocks(columns: int, m: int, groups: list[int], most: int) -> list[list[slice]]:
+    """Blocks of columns, cut into what the kernel takes at once: at most ``most``, between decisions made outside."""
     if any(group % m for group in groups if m):
         raise UserError(
             f"quantization groups of {groups[0]} columns cut through {m}-column sparsity groups", "quantize"
         )
-    size = BLOCK // m * m if 0 < m < BLOCK else m or BLOCK
-    starts = {j for step in (size, *groups) for j in range(0, columns, step)}
+    size, step = (width // m * m or m if m else width for width in (BLOCK, most))
     blocks = []
     for b in range(0, columns, size):
-        cuts = [*sorted(j for j in starts if b <= j < b + size), min(b + size, columns)]
+        end = min(b + size, columns)
+        starts = {j for group in groups for j in range(-(-b // group) * group, end, group)}
+        cuts = [*sorted(starts.union(range(b, end, step))), end]
         blocks.append([slice(first, last) for first, last in pairwise(cuts)])
     return blocks
 

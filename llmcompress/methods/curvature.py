@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmcompress.core.compensate import aim_at_dense
-from llmcompress.core.group import Matrix, MatrixGroup
+from llmcompress.core.compensate import LeastSquares, aim_at_dense
+from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.stats import InputStats
 from llmcompress.core.sweep import Factor, factorise
 from llmcompress.errors import UserError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Which problem a second-order step solves.
+
+    Attributes:
+        damping: added to H's diagonal, as a multiple of its mean.
+        target: ``compressed`` or ``dense``: whose outputs are met.
+        precision: ``float32`` or ``float64``, of the factorisation.
+        refit: H is needed for least squares, too.
+        act_order: take the columns of most active inputs first.
+    """
+
+    damping: float
+    target: str
+    precision: str
+    refit: bool
+    act_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -19,44 +39,68 @@ class Curvature:
     """H of one input group, factored once for all the matrices that read it.
 
     Attributes:
-        H: (in, in) Gram matrix per token.
-        C: (in, in) cross-Gram of dense rows and rows minus the Gram of the rows, plus H; None to aim at the weights.
         factor: of the damped H.
+        order: (in,) columns in the order in which they are taken, as in H, C and the factor; None for their own.
+        H: (in, in) Gram matrix per token; None where only its factor is needed.
+        C: (in, in) cross-Gram of the dense rows and the rows; None to aim at the weights.
     """
 
-    H: Tensor
-    C: Tensor | None
     factor: Factor
+    order: Tensor | None
+    H: Tensor | None
+    C: Tensor | None
 
     @staticmethod
-    def of(group: MatrixGroup, stats: InputStats, H: Tensor, damping: float, target: str, precision: str) -> Curvature:
+    def of(group: MatrixGroup, H: Tensor, C: Tensor | None, problem: Problem) -> Curvature:
         """Factors H; the damping used goes to the group's figures, and to its warnings if it had to be raised.
 
         Args:
-            target: ``compressed`` or ``dense``: whose outputs `aim` meets.
-            precision: ``float32`` or ``float64``, of the factorisation.
+            H: (in, in), the caller's no longer.
+            C: (in, in) for the dense target.
         """
+        order = None
+        if problem.act_order:
+            order = H.diagonal().argsort(descending=True, stable=True)
+            H, C = _permuted(H, order), None if C is None else _permuted(C, order)
+        again = problem.refit or C is not None
         try:
-            factor = factorise(H, damping, getattr(torch, precision))
+            factor = factorise(H, problem.damping, getattr(torch, problem.precision), overwrite=not again)
         except UserError as error:
             raise UserError(error.what, group.name, error.fix) from None
         group.figures["damping"] = factor.damping
-        if factor.damping > damping:
+        if factor.damping > problem.damping:
             group.warnings.append(
-                f"{group.name}: H is not positive definite at damping {damping:g}; {factor.damping:g} was used"
+                f"{group.name}: H is not positive definite at damping {problem.damping:g}; {factor.damping:g} was used"
             )
-        return Curvature(H, stats.cross if target == "dense" else None, factor)
+        return Curvature(factor, order, H if again else None, C)
 
     def aim(self, matrix: Matrix) -> Tensor:
-        """(out, in) what the matrix's output error is measured against: its weights before any pruning, moved to meet
-        the dense model's outputs if so asked. Columns of dead inputs are zero."""
-        W = matrix.weight if matrix.aim is None else matrix.aim
-        if self.C is not None and not matrix.aims_at_dense:
+        """(out, in) what the matrix's output error is measured against, a new tensor: its weights before any pruning,
+        moved to meet the dense model's outputs if so asked. Columns in order; those of dead inputs are zero."""
+        W = self.ordered(matrix.weight if matrix.aim is None else matrix.aim)
+        if self.C is not None and self.H is not None and not matrix.aims_at_dense:
             W = aim_at_dense(W, self.H, self.C, self.factor)
-            matrix.aim, matrix.aims_at_dense = W, True
-        return W.masked_fill(self.factor.dead, 0.0)
+            matrix.aim, matrix.aims_at_dense = self.restored(W).clone(), True
+        return W.masked_fill_(self.factor.dead, 0.0)
 
-    def permuted(self, order: Tensor) -> Curvature:
-        """The same with the inputs in another ``order`` (in,), factored anew with the damping that was needed."""
-        factor = factorise(self.H[order][:, order], self.factor.damping, self.factor.V.dtype)
-        return replace(self, factor=factor)
+    def least_squares(self, W: Tensor) -> LeastSquares:
+        """The problem of the kept weights' values; ``W`` (out, in) in order."""
+        assert self.H is not None
+        return LeastSquares(W, self.H, self.factor.ridge)
+
+    def ordered(self, columns: Tensor) -> Tensor:
+        """A copy of (out, in), its columns in the order in which they are taken."""
+        return columns.clone() if self.order is None else columns[:, self.order]
+
+    def restored(self, columns: Tensor) -> Tensor:
+        """Columns (out, in) back from the order in which they are taken."""
+        return columns if self.order is None else columns[:, self.order.argsort()]
+
+
+def gram_for(stats: InputStats, rest: Iterable[Method]) -> Tensor:
+    """(in, in) H to be overwritten; where none of the steps that follow reads it, in the memory of the statistics."""
+    return stats.gram if any("gram" in method.needs for method in rest) else stats.take_gram()
+
+
+def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
+    return matrix[order[:, None], order]

@@ -9,22 +9,22 @@ rounded weights will multiply: this method then asks for the rows instead of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llmcompress.core.compensate import LeastSquares
 from llmcompress.core.grid import QuantGrid, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.sparsity import Sparsity
-from llmcompress.core.stats import InputStats, add_gram, mirror
+from llmcompress.core.stats import InputStats, add_gram, mirror, pieces
 from llmcompress.core.sweep import sweep
 from llmcompress.core.targets import Mask, Round
 from llmcompress.errors import UserError
-from llmcompress.methods.curvature import Curvature
-from llmcompress.methods.rtn import RTN, set_activation_grid
+from llmcompress.methods.curvature import Curvature, Problem, gram_for
+from llmcompress.methods.rtn import RTN, check_outputs, set_activation_grid, set_output_grids, unmatched
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class GPTQ(Method):
     Attributes:
         weights: grid of the weights.
         activations: grid of the inputs; None leaves them in floating point.
+        quantize_outputs: matrices whose outputs are rounded too, as in `RTN`.
         act_order: take the columns of most active inputs first. Groups are then static.
         static_groups: fix every group's scale from the weights before the sweep, not from those adjusted by it.
         refit: solve for the weights that an earlier stage kept by least squares before they are rounded.
@@ -44,6 +45,7 @@ class GPTQ(Method):
 
     weights: QuantGrid
     activations: QuantGrid | None = None
+    quantize_outputs: tuple[str, ...] = ()
     act_order: bool = False
     static_groups: bool = False
     refit: bool = False
@@ -52,6 +54,9 @@ class GPTQ(Method):
     precision: Literal["float32", "float64"] = "float32"
 
     stage = "quantize"
+
+    def __post_init__(self) -> None:
+        check_outputs(self.activations, self.quantize_outputs)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -64,11 +69,14 @@ class GPTQ(Method):
     def misfit(self, columns: int) -> str:
         return RTN(self.weights, self.activations).misfit(columns)
 
+    def misnamed(self, names: Sequence[str]) -> str:
+        return unmatched(self.quantize_outputs, names)
+
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
-        self.solve(group, stats, None)
+        self.solve(group, stats, rest, None)
         return stats
 
-    def solve(self, group: MatrixGroup, stats: InputStats, sparsity: Sparsity | None) -> None:
+    def solve(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...], sparsity: Sparsity | None) -> None:
         """Rounds the group's matrices, and prunes them in the same sweep if a ``sparsity`` is given.
 
         Raises:
@@ -77,34 +85,35 @@ class GPTQ(Method):
         if sparsity is not None and sparsity.m and self.act_order:
             raise UserError(f"act_order would tear the groups of {sparsity} apart", "quantize", "set act_order: false")
         set_activation_grid(group, stats, self.activations)
-        H = stats.gram if self.activations is None else run_time_gram(group, stats)
-        curvature = Curvature.of(group, stats, H, self.damping, self.target, self.precision)
-        order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else None
-        ordered = curvature if order is None else curvature.permuted(order)
+        set_output_grids(group, self.quantize_outputs)
+        problem = Problem(self.damping, self.target, self.precision, self.refit, self.act_order)
+        C = stats.cross if self.target == "dense" else None
+        curvature = Curvature.of(group, self._gram(group, stats, rest), C, problem)
         for matrix in group:
             if self.refit and matrix.keep is not None:
-                problem = LeastSquares(curvature.aim(matrix), H, curvature.factor.ridge)
-                matrix.weight, _ = problem.refit(matrix.keep, matrix.weight)
-                matrix.aim = matrix.weight
-            self._sweep(matrix, curvature.aim(matrix), ordered, order, sparsity)
+                least = curvature.least_squares(curvature.aim(matrix))
+                refitted, _ = least.refit(curvature.ordered(matrix.keep), curvature.ordered(matrix.weight))
+                matrix.aim = matrix.weight = curvature.restored(refitted)
+            self._sweep(matrix, curvature, sparsity)
 
-    def _sweep(
-        self, matrix: Matrix, W: Tensor, curvature: Curvature, order: Tensor | None, sparsity: Sparsity | None
-    ) -> None:
-        """Rounds one matrix, (out, in) ``W`` to be met, its columns taken in ``order``."""
-        fitted = W if matrix.keep is None else matrix.weight
+    def _gram(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...]) -> Tensor:
+        return gram_for(stats, rest) if self.activations is None else run_time_gram(group, stats)
+
+    def _sweep(self, matrix: Matrix, curvature: Curvature, sparsity: Sparsity | None) -> None:
+        """Rounds one matrix."""
+        W = curvature.aim(matrix)
         mask = None
         if sparsity is not None:
             mask = Mask(sparsity, curvature.factor.V.diagonal(), len(W))
         elif matrix.keep is not None:
-            mask = Mask.held(matrix.keep if order is None else matrix.keep[:, order])
+            mask = Mask.held(curvature.ordered(matrix.keep))
+        order = curvature.order
+        fitted = curvature.restored(W) if matrix.keep is None else matrix.weight
         level_of = None if order is None else order // self.weights.group_size(matrix.columns)
         rounding = Round(self.weights, fitted, matrix.scale_dtype, mask, level_of, self.static_groups)
-        Q = sweep(W if order is None else W[:, order], curvature.factor, mask, rounding)
-        if order is not None:
-            Q = Q[:, order.argsort()]
-        if mask is not None:
-            matrix.prune(mask.keep if order is None else mask.keep[:, order.argsort()])
+        Q = curvature.restored(sweep(W, curvature.factor, mask, rounding, out=W))
+        if mask is not None and sparsity is not None:
+            matrix.prune(curvature.restored(mask.keep))
         levels = rounding.levels
         matrix.quantize(QuantizedWeight(self.weights.quantize(Q, levels), levels, self.weights))
 
@@ -113,5 +122,6 @@ def run_time_gram(group: MatrixGroup, stats: InputStats) -> Tensor:
     """(in, in) Gram matrix per token of the rows as the group will see them: smoothed, then rounded."""
     total = torch.zeros(stats.width, stats.width, device=stats.rows[0].device)
     for x in stats.rows:
-        add_gram(total, group.inputs_at_run_time(x.float()))
+        for part in pieces(x):
+            add_gram(total, group.inputs_at_run_time(part))
     return mirror(total.div_(max(stats.count, 1)))

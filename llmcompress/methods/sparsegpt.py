@@ -17,7 +17,7 @@ from llmcompress.core.stats import InputStats
 from llmcompress.core.sweep import sweep
 from llmcompress.core.targets import Mask
 from llmcompress.errors import UserError
-from llmcompress.methods.curvature import Curvature
+from llmcompress.methods.curvature import Curvature, Problem, gram_for
 from llmcompress.methods.gptq import GPTQ
 from llmcompress.methods.sparsegpt_gptq import SparseGPTQ
 
@@ -64,14 +64,15 @@ class SparseGPT(Method):
         return SparseGPTQ(self.sparsity, following) if _problem(following) == same else None
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
-        curvature = Curvature.of(group, stats, stats.gram, self.damping, self.target, self.precision)
+        H, C = gram_for(stats, rest), stats.cross if self.target == "dense" else None
+        curvature = Curvature.of(group, H, C, Problem(self.damping, self.target, self.precision, self.refit))
+        del H
         for matrix in group:
             W = curvature.aim(matrix)
             mask = Mask(self.sparsity, curvature.factor.V.diagonal(), len(W))
-            values = sweep(W, curvature.factor, mask)
-            matrix.prune(mask.keep, values)
+            matrix.prune(mask.keep, sweep(W, curvature.factor, mask, out=None if self.refit else W))
             if self.refit:
-                self._refit(matrix, LeastSquares(W, curvature.H, curvature.factor.ridge))
+                self._refit(matrix, curvature.least_squares(W))
         return stats
 
     def _refit(self, matrix: Matrix, problem: LeastSquares) -> None:

@@ -34,5 +34,5 @@ class SparseGPTQ(Method):
         return self.sparsity.misfit(columns) or self.rounding.misfit(columns)
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
-        self.rounding.solve(group, stats, self.sparsity)
+        self.rounding.solve(group, stats, rest, self.sparsity)
         return stats

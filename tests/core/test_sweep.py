@@ -6,7 +6,7 @@ import torch
 
 from llmcompress.core.grid import QuantGrid
 from llmcompress.core.sparsity import Sparsity
-from llmcompress.core.sweep import factorise, sweep, sweep_reference
+from llmcompress.core.sweep import _reverse, factorise, sweep, sweep_reference
 from llmcompress.core.targets import Mask, Round
 from llmcompress.errors import UserError
 
@@ -110,6 +110,41 @@ def test_loss_is_the_norm_of_the_error_times_the_factor():
     assert float((E @ factor.V).square().sum()) == pytest.approx(loss(E + W, W, damped), rel=1e-4)
     assert torch.allclose(factor.V @ factor.V.T, damped, atol=1e-4)
     assert torch.equal(factor.V, factor.V.triu())
+
+
+@pytest.mark.parametrize("tokens", [600, 20], ids=["definite", "rank-deficient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factor_in_the_memory_of_the_gram_matrix_is_the_same(tokens, dtype):
+    _, H = problem(tokens=tokens)
+    apart = factorise(H, 1e-9, dtype)
+    given = H.clone()
+    inside = factorise(given, 1e-9, dtype, overwrite=True)
+    assert torch.equal(inside.V, apart.V)
+    assert inside.damping == apart.damping
+    assert (inside.V.data_ptr() == given.data_ptr()) == (dtype == torch.float32)
+    damped = H + apart.ridge * torch.eye(COLUMNS)
+    assert torch.allclose(apart.V @ apart.V.T, damped, atol=1e-4 * float(H.diagonal().mean()))
+
+
+@pytest.mark.parametrize("columns", [129, 512, 515, 1100])
+def test_entries_in_the_opposite_order_are_both_axes_reversed(columns):
+    matrix = torch.randn(columns, columns)
+    assert torch.equal(_reverse(matrix.clone(), chunk=1000), matrix.flip(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "grid"), [("2:4", None), ("0.5", "int4-g96"), (None, "int8"), ("3:6", "int4-g24")]
+)
+def test_sweep_in_place_is_the_same_over_many_blocks(sparsity, grid):
+    W, H = problem(rows=130, columns=1344, tokens=2000)
+    factor = factorise(H)
+    Q = sweep(W, factor, *targets_of(W, factor, sparsity, grid))
+    expected = sweep_reference(W, factor, [t for t in targets_of(W, factor, sparsity, grid) if t is not None])
+    assert loss(Q, W, H) == pytest.approx(loss(expected, W, H), rel=0.01)
+    given = W.clone()
+    again = sweep(given, factor, *targets_of(W, factor, sparsity, grid), out=given)
+    assert again is given
+    assert torch.equal(given, Q)
 
 
 def test_sweep_with_diagonal_gram_is_rounding():

@@ -88,7 +88,7 @@ def test_act_order_keeps_groups_in_their_original_order():
 
 def test_act_order_with_n_of_m_is_refused():
     with pytest.raises(UserError, match="act_order"):
-        GPTQ(INT4, act_order=True).solve(run(), InputStats(COLUMNS, {"gram"}), TWO_FOUR)
+        GPTQ(INT4, act_order=True).solve(run(), InputStats(COLUMNS, {"gram"}), (), TWO_FOUR)
 
 
 @pytest.mark.parametrize("sparsity", [HALF, TWO_FOUR])
@@ -190,7 +190,7 @@ def test_compensation_sees_the_rows_as_they_are_rounded_at_run_time():
 def test_matrices_of_a_group_share_one_factorisation(monkeypatch):
     calls = []
     factorise = curvature.factorise
-    monkeypatch.setattr(curvature, "factorise", lambda *args: calls.append(1) or factorise(*args))
+    monkeypatch.setattr(curvature, "factorise", lambda *args, **options: calls.append(1) or factorise(*args, **options))
     run(SparseGPT(HALF))
     assert len(calls) == 1
 

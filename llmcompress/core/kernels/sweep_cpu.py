@@ -13,6 +13,8 @@ from torch import Tensor
 
 from llmcompress.core.kernels.threads import share
 
+#: most columns per call: more and a tile's share of the factor leaves the cache
+COLUMNS = 256
 #: rows per tile; a multiple of the widest vector register
 TILE = 128
 #: pieces of a selection
@@ -166,7 +168,7 @@ def sweep_columns(
 
     Args:
         weight: (rows, in) float32.
-        values: (rows, in), its columns overwritten by the projected weights.
+        values: (rows, in), its columns overwritten by the projected weights; may be ``weight`` itself.
         error: (c, rows), overwritten by values minus weights.
         carried: (c, rows) Σ E_i V_ik over all earlier columns i.
         V: (c, c) upper triangular block of the factor.

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: most columns per call: their tile must fit into registers
+COLUMNS = 128
 #: rows per program
 ROWS = 16
 #: adding and subtracting 1.5 · 2²³ rounds a float32 to the nearest integer, ties to even
