@@ -114,7 +114,7 @@ class Outcome:
 
     def _commit_matrix(self, view: MatrixView, matrix: Matrix, work: MatrixGroup) -> None:
         if matrix.quantized is not None and not unsupported(type(view.module)):
-            scheme = Scheme(matrix.quantized.grid, work.activations)
+            scheme = Scheme(matrix.quantized.grid, work.activations, matrix.outputs)
             self.codes[view.name] = StoredCodes(matrix.quantized, scheme, work.activation_levels)
             stored = matrix.weight
         else:

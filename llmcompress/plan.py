@@ -124,6 +124,9 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int
     if scheme and linears and storage_format(scheme) == PACK_QUANTIZED and _misses_packed(model.model, linears[0]):
         raise UserError("transformers cannot load packed weights of this architecture", type(model.model).__name__,
                         "let the inputs be rounded too: --set quantize.activations=int8")  # fmt: skip
+    for method in recipe.methods if views else ():
+        if misnamed := method.misnamed([view.name for view in views if not unsupported(type(view.module))]):
+            raise UserError(misnamed, type(model.model).__name__, "write the pattern of its name, such as '*.query'")
     if not views:
         raise UserError("no matrix is targeted", f"recipe {recipe.name}", "widen targets.include or targets.exclude")
     return {view.name: view.shape for view in views}
@@ -155,7 +158,10 @@ def estimate_size(model: BlockwiseModel, recipe: Recipe) -> int:
 def _scheme(recipe: Recipe) -> Scheme | None:
     """How matrices will be stored; None if they are not quantized."""
     steps = [method for method in recipe.methods if method.stage == "quantize"]
-    return Scheme(recipe.grid, getattr(steps[-1], "activations", None)) if steps and recipe.grid else None
+    if not steps or not recipe.grid:
+        return None
+    activations = getattr(steps[-1], "activations", None)
+    return Scheme(recipe.grid, activations, activations if getattr(steps[-1], "quantize_outputs", ()) else None)
 
 
 def _notes(recipe: Recipe, model: BlockwiseModel) -> list[str]:

@@ -133,6 +133,9 @@ class Stop:
 class BlockPass:
     """All micro-batches on their way through one block, stopping once at each input group.
 
+    Where ``rounding`` has an entry for a stop, the inputs of its readers are rounded on their way; where
+    ``output_rounding`` has one for a module, its outputs.
+
     Two ways with the same result. Suspended: every forward keeps its live tensors while it waits, so each
     micro-batch runs once. Replayed: a forward is run from the block's start to the stop and dropped, which takes
     about 2.5 forwards and the memory of one micro-batch.
@@ -157,6 +160,7 @@ class BlockPass:
         self.replay, self.is_ahead = replay, ahead
         self.served: set[int] = set()
         self.rounding: dict[int, Rounding] = {}
+        self.output_rounding: dict[nn.Module, Rounding] = {}
         self._norm_inputs: dict[tuple[int, int], Tensor] = {}
 
     def arrivals(self) -> Iterator[tuple[int, list[AtMatrix]]]:
@@ -168,9 +172,10 @@ class BlockPass:
         with self._hooks():
             yield from self._replayed() if self.replay else self._suspended()
 
-    def finish(self, rounding: dict[int, Rounding]) -> None:
-        """Goes through without a stop, rounding the inputs of each group as given."""
+    def finish(self, rounding: dict[int, Rounding], outputs: dict[nn.Module, Rounding] | None = None) -> None:
+        """Goes through without a stop, rounding the inputs of each group, and the outputs of matrices, as given."""
         self.served, self.rounding = set(range(len(self.stops))), rounding
+        self.output_rounding = outputs or {}
         for _ in self.arrivals():
             raise AssertionError("stopped at a served group")
 
@@ -204,6 +209,7 @@ class BlockPass:
         hooks = []
         for number, stop in enumerate(self.stops):
             hooks += [reader.register_forward_pre_hook(self._on_matrix(number)) for reader in stop.readers]
+            hooks += [reader.register_forward_hook(self._round_output) for reader in stop.readers]
             if stop.norm is not None:
                 hooks.append(stop.norm.register_forward_pre_hook(self._on_norm(number)))
         try:
@@ -212,6 +218,10 @@ class BlockPass:
             for hook in hooks:
                 hook.remove()
             self._norm_inputs.clear()
+
+    def _round_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        rounding = self.output_rounding.get(module)
+        return None if rounding is None else rounding(output)
 
     def _on_norm(self, number: int) -> Callable[..., None]:
         def remember(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.commit import Outcome, relative_errors
+from llmcompress.core.grid import Levels, QuantGrid
 from llmcompress.core.group import Matrix, MatrixGroup, run_methods
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
@@ -151,25 +152,14 @@ class Walk:
             self._methods = tuple(method.for_block(view) for method in self.recipe.methods)
         ahead = self.recipe.propagate == "block"
         passes = [lane.through(index, groups, self.replay, ahead) for lane in lanes]
-        arrivals = zip(*(p.arrivals() for p in passes), strict=True)
-        while True:
-            with self.phases("forward"):
-                arrived = next(arrivals, None)
-            if arrived is None:
-                break
-            number = arrived[0][0]
-            if any(other != number for other, _ in arrived):
-                raise UserError("its dense and compressed forwards take different ways", groups[number].name,
-                                "use target: compressed")  # fmt: skip
-            with self.phases("compress"):
-                for part in groups[number].parts():
-                    rounding = self._serve(part, [places for _, places in arrived], outcome, finished.report)
-            if rounding is not None and self.recipe.propagate != "dense":
-                passes[0].rounding[number] = rounding
+        arrivals = [way.arrivals() for way in passes]
+        while self._go_on(groups, passes[0], arrivals, outcome, finished.report):
+            pass
         with self.phases("forward"):
             if ahead:
                 outcome.apply()
-                lanes[0].through(index, groups, self.replay).finish(passes[0].rounding)
+                way = passes[0]
+                lanes[0].through(index, groups, self.replay).finish(way.rounding, way.output_rounding)
             for lane in lanes:
                 lane.probe.resume()
         self._note_unreached(found, groups, passes[0].served)
@@ -177,6 +167,28 @@ class Walk:
         with self.phases("pack"):
             finished.tensors, finished.schemes = outcome.tensors(index), outcome.schemes
         return finished
+
+    def _go_on(
+        self, groups: list[InputGroup], way: BlockPass, arrivals: list[Arrivals], outcome: Outcome, report: BlockReport
+    ) -> bool:
+        """Lets all lanes go on to the next input group and serves it; False at the block's end.
+
+        Nothing outlives it but what was decided: the group's rows are free when the tokens go on.
+        """
+        with self.phases("forward"):
+            arrived = [next(lane, None) for lane in arrivals]
+        first = arrived[0]
+        if any((at and at[0]) != (first and first[0]) for at in arrived):
+            name = groups[first[0]].name if first else self.model.blocks[0].name
+            raise UserError("its dense and compressed forwards take different ways", name, "use target: compressed")
+        if first is None:
+            return False
+        with self.phases("compress"):
+            for part in groups[first[0]].parts():
+                work = self._serve(part, [at[1] for at in arrived if at], outcome, report)
+        if self.recipe.propagate != "dense":
+            self._round_from_now_on(way, first[0], work)
+        return True
 
     def _rehearsal(self, index: int, groups: list[InputGroup], lanes: list[Lane]) -> Rehearsal:
         modules = [lane.model.blocks[index].module for lane in lanes]
@@ -187,12 +199,8 @@ class Walk:
 
     def _serve(
         self, group: InputGroup, places: list[list[AtMatrix]], outcome: Outcome, report: BlockReport
-    ) -> Rounding | None:
-        """Runs the recipe on one input group and commits what it decided.
-
-        Returns:
-            How the group's inputs are rounded from now on; None if they are not.
-        """
+    ) -> MatrixGroup:
+        """Runs the recipe on one input group, commits what it decided, and returns it."""
         view = group.matrices[0]
         rows, dense_rows = ([view.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
         _require_finite(group.name, rows)
@@ -210,7 +218,15 @@ class Walk:
             self.progress.matrix(matrix.name, error)
         report.groups.append(self._group_report(group, work))
         self.warnings += work.warnings
-        return _rounding(work)
+        return work
+
+    def _round_from_now_on(self, way: BlockPass, number: int, work: MatrixGroup) -> None:
+        """The tokens that go on see rounded inputs and outputs where run time does."""
+        if work.activations is not None:
+            way.rounding[number] = _rounding(work.activations, work.activation_levels)
+        for matrix in work:
+            if matrix.outputs is not None:
+                way.output_rounding[self.model.model.get_submodule(matrix.name)] = _rounding(matrix.outputs)
 
     def _group_report(self, group: InputGroup, work: MatrixGroup) -> GroupReport:
         if not self._smooths and work.smoothing is None:
@@ -248,9 +264,8 @@ def _needs(recipe: Recipe) -> frozenset[str]:
     return needs
 
 
-def _rounding(work: MatrixGroup) -> Rounding | None:
-    grid, levels = work.activations, work.activation_levels
-    return None if grid is None else lambda x: grid.round_activations(x, levels)
+def _rounding(grid: QuantGrid, levels: Levels | None = None) -> Rounding:
+    return lambda x: grid.round_activations(x, levels)
 
 
 def _sample(rows: list[Tensor]) -> Tensor:

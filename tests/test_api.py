@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmcompress import Recipe, api, compress, load
 from llmcompress.errors import UserError
-from llmcompress.evaluate.stream import rounded_inputs
+from llmcompress.evaluate.stream import rounded_activations
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.report import Report
@@ -60,7 +60,7 @@ def streamed_logits(folder: Path) -> Tensor:
         (forward,) = model.start_forwards([TOKENS], head=True)
         for index in range(len(model.blocks)):
             model.load_block(index)
-            with rounded_inputs(model):
+            with rounded_activations(model):
                 forward.resume()
     return forward.result
 

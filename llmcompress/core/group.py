@@ -6,7 +6,7 @@ commits them to the modules, folds the smoothing into the norm and writes the co
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ class Matrix:
         aim: (out, in) what error compensation aims at, in the present smoothing: the weights before the first prune
             stage, or what a stage found to be better; None for the weight itself.
         aims_at_dense: ``aim`` already allows for inputs that differ from the dense model's.
+        outputs: grid to which its outputs are rounded at run time; None if they stay in floating point.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Matrix:
     quantized: QuantizedWeight | None = None
     aim: Tensor | None = None
     aims_at_dense: bool = False
+    outputs: QuantGrid | None = None
 
     @property
     def columns(self) -> int:
@@ -148,6 +150,10 @@ class Method:
 
     def misfit(self, columns: int) -> str:
         """Why a matrix with ``columns`` inputs cannot take this step; empty if it can."""
+        return ""
+
+    def misnamed(self, names: Sequence[str]) -> str:
+        """Why the step cannot be taken with matrices of these ``names``; empty if it can."""
         return ""
 
     def join(self, following: Method) -> Method | None:

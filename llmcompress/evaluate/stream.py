@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.core.grid import QuantGrid
 from llmcompress.evaluate.divergence import Comparison, Divergence
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.suspend import gates
@@ -34,7 +35,7 @@ def compare(
         for index in range(last):
             for model, forwards in lanes:
                 model.load_block(index)
-                with rounded_inputs(model):
+                with rounded_activations(model):
                     for forward in forwards:
                         forward.resume()
                 model.release_block(index)
@@ -44,7 +45,7 @@ def compare(
         for number, batch in enumerate(batches):
             logits = []
             for model, forwards in lanes:
-                with rounded_inputs(model):
+                with rounded_activations(model):
                     forwards[number].resume()
                 logits.append(forwards[number].result)
                 forwards[number].result = None
@@ -55,12 +56,15 @@ def compare(
 
 
 @contextmanager
-def rounded_inputs(model: BlockwiseModel) -> Iterator[None]:
-    """While open, the inputs of quantized matrices are rounded to their grids."""
+def rounded_activations(model: BlockwiseModel) -> Iterator[None]:
+    """While open, inputs and outputs of quantized matrices are rounded to the grids they have."""
     hooks = []
     for name, scheme in model.schemes.items():
+        module = model.model.get_submodule(name)
         if scheme.activations is not None:
-            hooks.append(model.model.get_submodule(name).register_forward_pre_hook(_rounder(model, name)))
+            hooks.append(module.register_forward_pre_hook(_rounder(model, name)))
+        if scheme.outputs is not None:
+            hooks.append(module.register_forward_hook(_output_rounder(scheme.outputs)))
     try:
         yield
     finally:
@@ -74,5 +78,12 @@ def _rounder(model: BlockwiseModel, name: str) -> Callable[..., Any]:
 
     def rounded(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (grid.round_activations(args[0], model.input_levels.get(name)), *args[1:])
+
+    return rounded
+
+
+def _output_rounder(grid: QuantGrid) -> Callable[..., Tensor]:
+    def rounded(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return grid.round_activations(output)
 
     return rounded

@@ -46,6 +46,9 @@ INT_QUANTIZED = CompressionFormat.int_quantized.value
 PACK_QUANTIZED = CompressionFormat.pack_quantized.value
 READABLE_FORMATS = (INT_QUANTIZED, PACK_QUANTIZED, CompressionFormat.naive_quantized.value)
 
+#: of schemes with ``output_activations``, which transformers applies
+OUTPUTS_NOTE = "vLLM does not round the outputs of q, k and v as transformers and this program do"
+
 _PACKED_ROWS = 1024  # packing widens codes to int32 several times over: a slice at a time keeps that small
 
 
@@ -56,15 +59,16 @@ class Scheme:
     Attributes:
         weights: grid of the weight.
         activations: grid of its input; None leaves the input alone.
+        outputs: grid of its output, dynamic; None leaves the output alone.
     """
 
     weights: QuantGrid
     activations: QuantGrid | None = None
+    outputs: QuantGrid | None = None
 
     def stored(self) -> Scheme:
         """What of the scheme a checkpoint records: not the observer, which only chose the scales."""
-        activations = self.activations and replace(self.activations, observer="minmax")
-        return Scheme(replace(self.weights, observer="minmax"), activations)
+        return replace(self, weights=replace(self.weights, observer="minmax"))
 
 
 def unsupported(module_type: type[nn.Module]) -> str:
@@ -102,6 +106,8 @@ def stored_bits_per_weight(scheme: Scheme, columns: int, dtype: torch.dtype) -> 
 
 def storage_note(scheme: Scheme) -> str:
     """What the user should know about how ``scheme`` is stored; empty if nothing."""
+    if scheme.outputs is not None:
+        return "; ".join(filter(None, [storage_note(replace(scheme, outputs=None)), OUTPUTS_NOTE]))
     bits, stored = scheme.weights.bits, storage_bits(scheme)
     if stored == bits:
         return ""
@@ -247,6 +253,7 @@ def _library_scheme(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
         targets=targets,
         weights=_library_args(scheme.weights),
         input_activations=None if scheme.activations is None else _library_args(scheme.activations),
+        output_activations=None if scheme.outputs is None else _library_args(scheme.outputs),
         format=CompressionFormat(storage_format(scheme)),
     )
 
@@ -269,7 +276,8 @@ def _own_scheme(group: QuantizationScheme, format: str) -> Scheme:
         raise UserError(
             f"format {container} is not read", "quantization_config", f"known: {', '.join(READABLE_FORMATS)}"
         )
-    return Scheme(_own_grid(group.weights), group.input_activations and _own_grid(group.input_activations))
+    grids = (args and _own_grid(args) for args in (group.input_activations, group.output_activations))
+    return Scheme(_own_grid(group.weights), *grids)
 
 
 def _own_grid(args: QuantizationArgs) -> QuantGrid:
