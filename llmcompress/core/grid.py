@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,14 +167,6 @@ class QuantGrid:
         """``x`` on the grid, float32."""
         return self.dequantize(self.quantize(x, levels), levels)
 
-    def round_through(self, x: Tensor, levels: Levels) -> Tensor:
-        """The values of `round` for ``x`` (rows, cols); gradients pass rounding as if it were not there, and reach the
-        ``levels`` too."""
-        zero = 0.0 if levels.zero_point is None else levels.zero_point[..., None]
-        exact = self._grouped(x.float()) / levels.scale[..., None] + zero
-        codes = torch.clamp(_StraightThrough.apply(exact), *self.range)
-        return ((codes - zero) * levels.scale[..., None]).view_as(x)
-
     def round_activations(self, x: Tensor, levels: Levels | None = None) -> Tensor:
         """An activation as run time sees it: rounded per token, tensor or group, in its own dtype.
 
@@ -249,18 +240,6 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """(out, in) float32."""
         return self.grid.dequantize(self.codes, self.levels)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Rounding, whose gradient is taken to be one (Bengio et al., 2013, arXiv:1308.3432)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.round(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

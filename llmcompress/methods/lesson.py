@@ -12,6 +12,7 @@ from torch import Tensor
 from llmcompress.core.block import BlockGroup, BlockView, Transform
 from llmcompress.core.grid import Levels, QuantGrid
 from llmcompress.core.smooth import migration_scale
+from llmcompress.core.straight_through import round_through
 
 if TYPE_CHECKING:
     from llmcompress.methods.omniquant import OmniQuant
@@ -99,7 +100,7 @@ class Lesson:
             for name, weight in group.known.weights.items():
                 W = weight if s is None else weight * s
                 levels = clipped_levels(self.recipe.weights, W, group.clips(name), self.view.scale_dtype)
-                weights[name] = self.recipe.weights.round_through(W, levels)
+                weights[name] = round_through(self.recipe.weights, W, levels)
         return (self.view.run(batch, weights, inputs) - self.aims[batch]).square().mean()
 
     def learn(self) -> None:
@@ -201,7 +202,7 @@ class Lesson:
             rows = rows if s is None else rows / s
             if grid is not None:
                 levels = grid.fit(rows, x.dtype) if grid.dynamic else self._static_levels(grid, group, s)
-                rows = grid.round_through(rows, levels)
+                rows = round_through(grid, rows, levels)
             return rows.view_as(x).to(x.dtype)
 
         return transform
