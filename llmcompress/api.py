@@ -12,9 +12,10 @@ from llmcompress.evaluate.stream import compare
 from llmcompress.export.destination import check_output
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.locate import locate, short_name
-from llmcompress.plan import Plan, make_plan
+from llmcompress.plan import BASE_BYTES, Plan, make_plan
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
+from llmcompress.recover import recovery_bytes
 from llmcompress.report import Report
 from llmcompress.run import Options, Run, Source, draw_tokens
 from llmcompress.runtime.loading import load
@@ -69,7 +70,11 @@ def plan(
     """What `compress` would do with the same arguments: blocks, input groups, folds, memory, size. Writes nothing."""
     options = options or Options()
     source, recipe, _ = _prepare(model, recipe, output, options, overrides, force)
-    return make_plan(source.open(), recipe, options.samples, options.length)
+    dense = source.open()
+    found = make_plan(dense, recipe, options.samples, options.length)
+    if options.recover_steps:
+        found.peak_memory_bytes = max(found.peak_memory_bytes, BASE_BYTES + recovery_bytes(dense, options.recover))
+    return found
 
 
 def evaluate(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmcompress.core.structure import StructuredMethod
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import (
     PACK_QUANTIZED,
@@ -22,6 +23,7 @@ from llmcompress.model.groups import InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView, is_matrix
 from llmcompress.recipe import Recipe
+from llmcompress.restructure import removable
 from llmcompress.suspend import gates
 from llmcompress.walk import PROBE_TOKENS
 
@@ -82,8 +84,10 @@ class Plan:
 @torch.no_grad()
 def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) -> Plan:
     """Runs a few tokens through the model, block by block, to find groups and folds."""
-    targeted = set(check_fit(recipe, model))
-    plan = Plan(size_bytes={"before": model.checkpoint.size_bytes, "after": estimate_size(model, recipe)})
+    walked = recipe.blockwise
+    targeted = set(check_fit(walked, model))
+    removed = removable(model, recipe)
+    plan = Plan(size_bytes={"before": model.checkpoint.size_bytes, "after": estimate_size(model, walked, removed)})
     compressed = total = 0
     largest_block = widest = 0
     with gates([b.module for b in model.blocks]):
@@ -102,8 +106,14 @@ def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) 
             largest_block = max(largest_block, found.parameters)
             widest = max(widest, *(g.width for g in found.groups))
     plan.share = compressed / total
-    plan.notes = _notes(recipe, model)
-    plan.peak_memory_bytes = _estimate_memory(model, recipe, largest_block, widest, samples * length)
+    plan.notes = _notes(walked, model)
+    plan.peak_memory_bytes = _estimate_memory(model, walked, largest_block, widest, samples * length)
+    if recipe.structured is not None:
+        gradients = _gradient_memory(model, recipe.structured, largest_block)
+        plan.peak_memory_bytes = max(plan.peak_memory_bytes, gradients)
+        plan.notes.insert(
+            0, f"{removed:.1%} of the blocks' weights are removed first; widths above are the dense model's"
+        )
     return plan
 
 
@@ -144,15 +154,16 @@ def _misses_packed(network: PreTrainedModel, linear: nn.Module) -> bool:
     return False
 
 
-def estimate_size(model: BlockwiseModel, recipe: Recipe) -> int:
-    """Predicted bytes of the result's tensors."""
+def estimate_size(model: BlockwiseModel, recipe: Recipe, removed: float = 0.0) -> int:
+    """Predicted bytes of the result's tensors, if a share ``removed`` of the blocks' weights is gone beforehand."""
     saved = 0.0
     scheme, dtype = _scheme(recipe), model.checkpoint.dtype
     for view in _matrices(model) if scheme else ():
         if scheme and recipe.targets(view.name) and not unsupported(type(view.module)):
             rows, columns = view.shape
             saved += rows * columns * (8 * dtype.itemsize - stored_bits_per_weight(scheme, columns, dtype)) / 8
-    return model.checkpoint.size_bytes - int(saved)
+    matrices = sum(view.shape[0] * view.shape[1] for view in _matrices(model)) * dtype.itemsize
+    return model.checkpoint.size_bytes - int(saved) - int(removed * (matrices - saved))
 
 
 def _scheme(recipe: Recipe) -> Scheme | None:
@@ -171,6 +182,16 @@ def _notes(recipe: Recipe, model: BlockwiseModel) -> list[str]:
     refused = {unsupported(type(view.module)) for view in _matrices(model) if recipe.targets(view.name)} - {""}
     noted = [storage_note(scheme)] if storage_note(scheme) else []
     return noted + [f"rounded weights are stored dense and inputs are not rounded, {why}" for why in sorted(refused)]
+
+
+def _gradient_memory(model: BlockwiseModel, method: StructuredMethod, block: int) -> int:
+    """Embeddings, head, a block with its gradients in float32 twice (and their squares), and what enters each block."""
+    item = model.dtype.itemsize
+    inside = {id(p) for b in model.blocks for p in b.module.parameters()}
+    resident = sum(p.numel() for p in model.model.parameters() if id(p) not in inside) * item
+    hidden = model.model.config.get_text_config().hidden_size
+    entering = len(model.blocks) * method.samples * method.length * hidden * item
+    return BASE_BYTES + resident + entering + block * (item + 8 + 8 * method.needs_squares)
 
 
 def _estimate_memory(model: BlockwiseModel, recipe: Recipe, block: int, width: int, tokens: int) -> int:

@@ -89,6 +89,13 @@ def recover(
     return Checkpoint(writer.partial), figures | {"loss": [round(loss, 6) for loss in losses]}
 
 
+def recovery_bytes(model: BlockwiseModel, kind: str) -> int:
+    """Predicted memory of weights, gradients and moments; what the steps hold in between comes on top."""
+    every = sum(p.numel() for p in model.model.parameters())
+    trained = sum(p.numel() for b in model.blocks for p in b.module.parameters()) if kind == "full" else 0
+    return 4 * every + 12 * trained
+
+
 def _train(network: nn.Module, tokens: Tensor, steps: int, rate: float, seed: int, advance: Any) -> list[float]:
     """The loss of every step, before its update."""
     wanted = [p for p in network.parameters() if p.requires_grad]

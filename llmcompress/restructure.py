@@ -40,6 +40,7 @@ def couplings(model: BlockwiseModel, targets: Callable[[str], bool]) -> list[Cou
         (probe,) = model.start_forwards([_probe_tokens(model)])
         found = find_couplings(model, model.load_block(0), probe.call)
         model.release_block(0)
+        model.release_embeddings()
     wanted = [c for c in found if all(targets(f"{b.name}.{part.matrix}") for b in model.blocks for part in c.parts)]
     if not wanted:
         raise UserError("of each kind of group it could remove a matrix is not targeted",
@@ -114,6 +115,21 @@ def copy_model(model: BlockwiseModel, writer: CheckpointWriter) -> list[BlockRep
         reports.append(BlockReport(block.name, matrices=[MatrixReport(v.name, v.shape, 0.0, bits) for v in views]))
     copy_rest(model, writer)
     return reports
+
+
+def removable(model: BlockwiseModel, recipe: Recipe) -> float:
+    """The share of the blocks' weights that a recipe's structured step will remove, to one step of the widths, which
+    follow from the scores.
+
+    Raises:
+        UserError: nothing can be removed, or not so much.
+    """
+    if recipe.structured is None:
+        return 0.0
+    kinds = [c.kind for c in couplings(model, recipe.targets)]
+    equal = [torch.zeros(1, kind.count) for kind in kinds]
+    kept = recipe.structured.choose(kinds, equal, block_weights(model))
+    return sum(k.removed_weights for k in kept) / block_weights(model)
 
 
 def hidden_bytes(recipe: Recipe, model: BlockwiseModel, recover_steps: int) -> int:

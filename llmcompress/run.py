@@ -27,7 +27,7 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.recover import KINDS, recover
 from llmcompress.report import Report
-from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, restructure
+from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, removable, restructure
 from llmcompress.sampling import self_samples
 from llmcompress.walk import Walk, warm_up
 
@@ -149,6 +149,7 @@ class Run:
             dense = source.open()
         walked = self.recipe.blockwise
         shapes = check_fit(walked, dense)
+        removable(dense, self.recipe)  # refuses what has no groups to remove, before anything takes long
         check_disk_space(
             target, estimate_size(dense, walked) + hidden_bytes(self.recipe, dense, self.options.recover_steps)
         )

@@ -269,7 +269,8 @@ def _sides(model: BlockwiseModel, network: PreTrainedModel, count: int, kept: in
     before, after = blocks[0], blocks_now[0]
     if before.keys() != after.keys():
         return None
-    rows, columns = {}, {}
+    rows: dict[str, int] = {}
+    columns: dict[str, int] = {}
     for name in (n for n in before if before[n] != after[n]):
         (old, new), (matrix, _, attribute) = (before[name], after[name]), name.rpartition(".")
         view = model.blocks[0].module.get_submodule(matrix)
