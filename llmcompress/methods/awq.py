@@ -1,11 +1,13 @@
 """AWQ (Lin et al., 2023, arXiv:2306.00978): scale up the columns of active inputs before the weights are rounded.
 
-    s_j = mean|X_j|^α, normalised by sqrt(max s · min s),  α the best of 20 points in [0, 1)
+    s_j = mean|X_j|^α / rms(W_:j)^β, normalised by sqrt(max s · min s),  α the best of 20 points in [0, 1)
 
 by the output error of all matrices that read the input, tr(E H Eᵀ) with E = round(W s) / s − W. Departures: the error
-is exact over all calibration rows, from their Gram matrix, where the paper samples rows; the division by s is folded
-into the producing norm as SmoothQuant's is. Optionally each group's range is then clipped to the best of ten shares
-of it, by the same error within the group's columns. A smooth stage: the grid is that of the quantize stage after it."""
+is exact over all calibration rows, from their Gram matrix, where the paper samples rows; once α is found with β = 0,
+which is the paper's scale, the best of five β may even out the columns of the weights; the division by s is folded into
+the producing norm as SmoothQuant's is. Optionally each group's range is then clipped to the best of twenty shares
+of it, by the same error: where the paper looks at the group's own columns alone, here each group makes up for what the
+others lose. A smooth stage: the grid is that of the quantize stage after it."""
 
 from __future__ import annotations
 
@@ -20,8 +22,13 @@ from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
 
 FLOOR = 1e-4
+BETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: shares of a group's range that a clip search tries, from all of it to about half
+CLIP_STEPS = 20
+#: times that every group is visited
+CLIP_ROUNDS = 2
 #: elements of the temporaries of a clip search
-CLIP_CHUNK = 1 << 22
+CLIP_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -56,15 +63,24 @@ class AWQ(Method):
 
     def _search(self, group: MatrixGroup, mean_abs: Tensor, H: Tensor, grid: QuantGrid) -> Tensor:
         """(in,) the best scale; all ones if none is better."""
-        best, best_error = torch.ones_like(mean_abs), torch.inf
-        for i in range(self.points):
-            s = mean_abs.clamp(min=FLOOR).pow(i / self.points)
-            s = s / (s.max() * s.min()).sqrt()
-            error = sum(rounding_error(m.weight, s, H, grid, m.scale_dtype) for m in group)
-            if error < best_error:
-                best, best_error = s, error
-                group.figures["awq_alpha"] = i / self.points
-        return best
+        active = mean_abs.clamp(min=FLOOR)
+        size = torch.stack([m.weight.square().mean(0) for m in group]).mean(0).sqrt().clamp(min=FLOOR)
+        errors: dict[tuple[float, float], float] = {}
+
+        def scale(alpha: float, beta: float) -> Tensor:
+            s = active.pow(alpha) / size.pow(beta)
+            return s / (s.max() * s.min()).sqrt()
+
+        def error(alpha: float, beta: float) -> float:
+            if (alpha, beta) not in errors:
+                s = scale(alpha, beta)
+                errors[alpha, beta] = sum(rounding_error(m.weight, s, H, grid, m.scale_dtype) for m in group)
+            return errors[alpha, beta]
+
+        alpha = min((i / self.points for i in range(self.points)), key=lambda alpha: error(alpha, 0.0))
+        beta = min(BETAS, key=lambda beta: error(alpha, beta))
+        group.figures |= {"awq_alpha": alpha, "awq_beta": beta}
+        return scale(alpha, beta)
 
 
 def rounding_error(W: Tensor, s: Tensor, H: Tensor, grid: QuantGrid, scale_dtype: torch.dtype) -> float:
@@ -75,26 +91,43 @@ def rounding_error(W: Tensor, s: Tensor, H: Tensor, grid: QuantGrid, scale_dtype
 
 
 def clipped(W: Tensor, H: Tensor, grid: QuantGrid, scale_dtype: torch.dtype) -> Tensor:
-    """``W`` (out, in) with each group clamped to the share of its range, 100 % down to 55 %, that rounds best."""
-    size = grid.group_size(W.shape[1])
-    pieces: list[Tensor] = []
-    for columns in W.split(size, dim=1):
-        first = len(pieces) * size
-        H_group = H[first : first + size, first : first + size]
-        rows = max(1, CLIP_CHUNK // size)
-        pieces.append(torch.cat([_clip_rows(w, H_group, grid, scale_dtype) for w in columns.split(rows)]))
-    return torch.cat(pieces, dim=1)
+    """``W`` (out, in) with each group clamped to the share of its range, 100 % down to 52.5 %, that rounds best.
+
+    Groups are taken in turn, each by the row's error tr(E H Eᵀ) given the errors E of the others; the second round
+    knows them all.
+    """
+    size, chosen, E = grid.group_size(W.shape[1]), W.clone(), torch.zeros_like(W)
+    starts, span = range(0, W.shape[1], size), max(1, CLIP_CHUNK // size)
+    for _ in range(CLIP_ROUNDS if len(starts) > 1 else 1):
+        for first in starts:
+            columns = slice(first, first + size)
+            within = H[columns, columns]
+            beside = E @ H[:, columns] - E[:, columns] @ within
+            for row in range(0, len(W), span):
+                rows = slice(row, row + span)
+                chosen[rows, columns], E[rows, columns] = _clip_rows(
+                    W[rows, columns], within, beside[rows], grid, scale_dtype
+                )
+    return chosen
 
 
-def _clip_rows(w: Tensor, H: Tensor, grid: QuantGrid, scale_dtype: torch.dtype) -> Tensor:
-    """One group of columns, (rows, size)."""
+def _clip_rows(
+    w: Tensor, H: Tensor, beside: Tensor, grid: QuantGrid, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One group of columns, (rows, size), clamped to its best share, and the errors of rounding it then.
+
+    Args:
+        H: (size, size) of the group's columns.
+        beside: (rows, size) errors of the row's other groups times H.
+    """
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-    best, best_error = w, torch.full_like(high, torch.inf)
-    for step in range(10):
-        share = 1 - step / 20
+    best, best_errors, least = w, torch.zeros_like(w), torch.full_like(high, torch.inf)
+    for step in range(CLIP_STEPS):
+        share = 1 - step / (2 * CLIP_STEPS)
         clamped = w.clamp(low * share, high * share)
         E = grid.round(clamped, grid.fit(clamped, scale_dtype)) - w
-        error = ((E @ H) * E).sum(1, keepdim=True)
-        best = torch.where(error < best_error, clamped, best)
-        best_error = torch.minimum(error, best_error)
-    return best
+        loss = ((E @ H + 2 * beside) * E).sum(1, keepdim=True)
+        better = loss < least
+        best, best_errors = torch.where(better, clamped, best), torch.where(better, E, best_errors)
+        least = torch.minimum(loss, least)
+    return best, best_errors

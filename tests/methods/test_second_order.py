@@ -12,7 +12,7 @@ from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
 from llmcompress.methods import curvature
-from llmcompress.methods.awq import AWQ
+from llmcompress.methods.awq import AWQ, clipped
 from llmcompress.methods.gptq import GPTQ, run_time_gram
 from llmcompress.methods.rtn import RTN
 from llmcompress.methods.smoothquant import SmoothQuant
@@ -220,18 +220,43 @@ def test_awq_loses_less_than_rounding_and_takes_the_best_of_its_points():
     scaled, plain = run(AWQ(), RTN(INT3)), run(RTN(INT3))
     assert error(scaled) < error(plain)
     mean_abs, x = rows().abs().mean(0), rows()
-    trials = []
-    for i in range(20):
-        s = mean_abs.pow(i / 20)
+    size = torch.cat(originals()).square().mean(0).sqrt()
+
+    def lost(alpha: float, beta: float) -> float:
+        s = mean_abs.pow(alpha) / size.pow(beta)
         s = s / (s.max() * s.min()).sqrt()
         rounded = [INT3.round(w * s, INT3.fit(w * s)) / s for w in originals()]
-        trials.append(sum(float((x @ (q - w).T).square().sum()) for q, w in zip(rounded, originals(), strict=True)))
-    assert error(scaled) == pytest.approx(min(trials), rel=1e-3)
-    assert scaled.figures["awq_alpha"] == pytest.approx(trials.index(min(trials)) / 20)
+        return sum(float((x @ (q - w).T).square().sum()) for q, w in zip(rounded, originals(), strict=True))
+
+    alpha = min((i / 20 for i in range(20)), key=lambda alpha: lost(alpha, 0))
+    beta = min((i / 4 for i in range(5)), key=lambda beta: lost(alpha, beta))
+    assert error(scaled) == pytest.approx(lost(alpha, beta), rel=1e-2)  # each group's largest lies on a tie
+    assert scaled.figures["awq_alpha"] == pytest.approx(alpha)
+    assert scaled.figures["awq_beta"] == pytest.approx(beta)
 
 
 def test_awq_clipping_lowers_the_error():
     assert error(run(AWQ(clip=True), RTN(INT3))) < error(run(AWQ(), RTN(INT3)))
+
+
+def test_awq_clips_each_group_to_the_best_share_given_the_errors_of_the_others():
+    """At the end of the search no other share of the last group lowers the error of any row."""
+    W, x = originals()[0], rows().double()
+    H, size = (x.T @ x / len(x)).float(), 8
+    grid = QuantGrid(3, group=size)
+    chosen = clipped(W, H, grid, torch.float32)
+    last = W[:, -size:]
+
+    def lost(clamped: torch.Tensor) -> torch.Tensor:
+        E = (grid.round(clamped, grid.fit(clamped)) - W).double()
+        return (x @ E.T).square().sum(0)
+
+    for step in range(20):
+        share = 1 - step / 40
+        low, high = last.amin(1, keepdim=True) * share, last.amax(1, keepdim=True) * share
+        other = torch.cat([chosen[:, :-size], last.clamp(low, high)], 1)
+        assert (lost(chosen) <= lost(other) * (1 + 1e-4)).all()
+    assert lost(chosen).sum() < lost(W).sum()
 
 
 def test_awq_leaves_inputs_that_cannot_be_folded():
