@@ -121,13 +121,15 @@ def _clip_rows(
         beside: (rows, size) errors of the row's other groups times H.
     """
     low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-    best, best_errors, least = w, torch.zeros_like(w), torch.full_like(high, torch.inf)
+    best, best_errors, least = torch.ones_like(high), torch.zeros_like(w), torch.full_like(high, torch.inf)
+    linear = 2 * beside
     for step in range(CLIP_STEPS):
         share = 1 - step / (2 * CLIP_STEPS)
-        clamped = w.clamp(low * share, high * share)
-        E = grid.round(clamped, grid.fit(clamped, scale_dtype)) - w
-        loss = ((E @ H + 2 * beside) * E).sum(1, keepdim=True)
+        bottom, top = low * share, high * share
+        levels = grid.levels(bottom.clamp(max=0), top.clamp(min=0), scale_dtype)  # as they will be fitted
+        E = grid.round(w.clamp(bottom, top), levels).sub_(w)
+        loss = torch.addmm(linear, E, H).mul_(E).sum(1, keepdim=True)
         better = loss < least
-        best, best_errors = torch.where(better, clamped, best), torch.where(better, E, best_errors)
-        least = torch.minimum(loss, least)
-    return best, best_errors
+        best[better], least = share, torch.minimum(loss, least)
+        best_errors = torch.where(better, E, best_errors)
+    return w.clamp(low * best, high * best), best_errors
