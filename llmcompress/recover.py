@@ -102,6 +102,7 @@ def _train(network: nn.Module, tokens: Tensor, steps: int, rate: float, seed: in
     optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=0.0)
     order = _order(len(tokens), steps * _rows_per_step(tokens), seed)
     device = wanted[0].device
+    tokens = tokens.clone()  # samples of the model are inference tensors, which take no part in gradients
     losses = []
     for step, chosen in enumerate(order.view(steps, -1)):
         for group in optimizer.param_groups:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,12 +175,18 @@ def _saliency(method: StructuredMethod, block: Block, matrix: str, axis: int, gr
         if gradient is None or (attribute == "bias" and axis == 1):
             continue
         value = block.module.get_parameter(f"{matrix}.{attribute}").detach().float()
-        given = [t if t is None or not transposed else t.T for t in (value, gradient.mean, gradient.squares)]
-        if attribute == "bias":
-            given = [t if t is None else t[:, None] for t in (value, gradient.mean, gradient.squares)]
-        assert given[0] is not None and given[1] is not None
-        total = method.saliency(given[0], given[1], given[2], axis) + total.to(value.device)
+        squares = gradient.squares
+        lay = partial(_as_rows, transposed=transposed)
+        found = method.saliency(lay(value), lay(gradient.mean), None if squares is None else lay(squares), axis)
+        total = found + total.to(value.device)
     return total
+
+
+def _as_rows(value: Tensor, transposed: bool) -> Tensor:
+    """A weight as (out, in), a bias as (out, 1)."""
+    if value.dim() == 1:
+        return value[:, None]
+    return value.T if transposed else value
 
 
 @torch.no_grad()

@@ -159,7 +159,7 @@ class Run:
             warm_up(walked, min(columns for _, columns in shapes.values()))
         assert tokens is not None
         report = self._new_report(eval_tokens)
-        with ExitStack() as hidden, CheckpointWriter(target, force, source.folder) as writer:
+        with CheckpointWriter(target, force, source.folder) as writer, ExitStack() as hidden:
             start = self._starting_point(dense, tokens, target, hidden, report)
             schemes = self._walk(start, tokens, writer, report)
             patterns = COMPANIONS + (REMOTE_CODE if self.options.trust_remote_code else ())

@@ -21,7 +21,7 @@ from llmcompress.core.structure import GroupKind
 from llmcompress.errors import UserError
 from llmcompress.model.blocks import find_blocks
 from llmcompress.model.groups import Call, run_block
-from llmcompress.model.load import Block, BlockwiseModel
+from llmcompress.model.load import Block, BlockwiseModel, release
 from llmcompress.model.matrix import MatrixView, is_matrix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -127,8 +127,9 @@ def removal_error(
         removals: couplings and the groups (kept,) that stay of each.
     """
     small = network.get_submodule(block.name)
-    for name, value in block.module.named_parameters():
+    for name, parameter in block.module.named_parameters():
         owner, _, attribute = name.rpartition(".")
+        value: Tensor = parameter
         for coupling, groups in removals:
             value = coupling.reduced(name, value, groups, _transposed(block, owner))
         setattr(small.get_submodule(owner), attribute, nn.Parameter(value.detach(), requires_grad=False))
@@ -137,7 +138,7 @@ def removal_error(
         owner, _, attribute = name.rpartition(".")
         small.get_submodule(owner)._buffers[attribute] = buffer
     output = run_block(small, call)
-    small.to(device="meta")
+    release(small)
     with _zeroed(block, removals):
         reference = run_block(block.module, call)
     return float((output.float() - reference.float()).norm() / reference.float().norm().clamp(min=1e-30))

@@ -55,6 +55,7 @@ def block_gradients(
         UserError: the blocks are not called one after the other on one hidden state.
     """
     last = len(model.blocks) - 1
+    rows = rows.clone()  # samples of the model are inference tensors, which take no part in gradients
     calls: list[list[Call]] = []
     with gates([block.module for block in model.blocks]):
         with torch.no_grad():

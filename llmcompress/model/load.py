@@ -73,7 +73,7 @@ class BlockwiseModel:
 
     def release_block(self, index: int) -> None:
         """Frees one block's weights."""
-        self.blocks[index].module.to(device="meta")
+        release(self.blocks[index].module)
 
     def twin(self) -> BlockwiseModel:
         """Another model of the same checkpoint, with its own copy of each block."""
@@ -91,7 +91,7 @@ class BlockwiseModel:
         """Frees the token embeddings, and the head with them, once every forward is past them."""
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             if module is not None:
-                module.to(device="meta")
+                release(module)
 
     def start_forwards(self, batches: list[Tensor], head: bool = False) -> list[SuspendedForward]:
         """One forward of the whole model per (B, T) batch of token ids, each waiting at the first block.
@@ -253,6 +253,13 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: boo
         ) from error  # fmt: skip
 
 
-def micro_batches(tokens: Tensor, limit: int = 4096) -> list[Tensor]:
+def release(module: nn.Module) -> None:
+    """Frees a module's parameters. Buffers stay: they are small, and not all of them could be read again."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+
+
+def micro_batches(tokens: Tensor, limit: int = 2048) -> list[Tensor]:
     """Rows in batches of about ``limit`` tokens: large enough for full-speed matrix products."""
     return list(tokens.split(max(1, limit // tokens.shape[1])))
