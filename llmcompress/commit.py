@@ -20,6 +20,9 @@ from llmcompress.model.matrix import MatrixView
 from llmcompress.report import MatrixReport
 from llmcompress.suspend import AtMatrix
 
+#: entries of a matrix whose error is measured at once
+ERROR_ENTRIES = 1 << 20
+
 
 @dataclass(frozen=True)
 class StoredCodes:
@@ -127,7 +130,7 @@ class Outcome:
             stored = matrix.weight.to(self.dtype)
             self._keep_dense(view, stored)
         if self.in_place:
-            view.write(stored)
+            self._put(view, stored)
 
     def _warn(self, warning: str) -> None:
         if warning not in self.warnings:  # once for all parts of a module
@@ -142,6 +145,14 @@ class Outcome:
             self.dense[name] = view.module.get_parameter("weight").detach().to(self.dtype, copy=True)
         view.store(stored, self.dense[name])
 
+    def _put(self, view: MatrixView, stored: Tensor) -> None:
+        """Gives the module its new values: the very tensor that is kept, where it has the module's dtype."""
+        parameter, kept = view.module.get_parameter("weight"), self.dense.get(f"{view.name}.weight")
+        if kept is not None and (kept.dtype, kept.device) == (parameter.dtype, parameter.device):
+            parameter.data = kept
+        else:
+            view.write(stored)
+
     def _commit_fold(self, name: str, fold: NormFold, s: Tensor) -> None:
         before = {name: value.detach().clone() for name, value in fold.norm.named_parameters()}
         fold.divide(s, self.dtype)
@@ -152,22 +163,32 @@ class Outcome:
 
 
 @torch.no_grad()
-def relative_errors(work: MatrixGroup, originals: list[Tensor], rows: Tensor, dense_rows: Tensor) -> list[float]:
+def relative_errors(work: MatrixGroup, views: list[MatrixView], rows: Tensor, dense_rows: Tensor) -> list[float]:
     """‖W X − Q X̂‖² / ‖W X‖² per matrix.
 
     Args:
         work: the decided group; its Q is taken back to unsmoothed inputs.
-        originals: the dense W (out, in), float32.
+        views: of its matrices, whose modules still hold the dense W (out, in).
         rows: X̂ (tokens, in) that reach the compressed matrices; their dtype is that of the arithmetic.
         dense_rows: X; the same as ``rows`` unless the dense model's outputs are aimed at.
     """
-    errors = []
-    for matrix, dense in zip(work.matrices, originals, strict=True):
-        stored = matrix.weight if work.smoothing is None else matrix.weight / work.smoothing
-        meant = dense_rows @ dense.to(rows.dtype).T
+    return [
+        _relative_error(matrix.weight, work.smoothing, view.weight, rows, dense_rows)
+        for matrix, view in zip(work.matrices, views, strict=True)
+    ]
+
+
+def _relative_error(weight: Tensor, smoothing: Tensor | None, dense: Tensor, rows: Tensor, dense_rows: Tensor) -> float:
+    """Of one matrix, some outputs at a time, so that what lies between stays small."""
+    lost = meant = 0.0
+    step = max(ERROR_ENTRIES // weight.shape[1], 1)
+    for stored, W in zip(weight.split(step), dense.split(step), strict=True):
+        stored = stored if smoothing is None else stored / smoothing
+        expected = dense_rows @ W.to(rows.dtype).T
         if rows is dense_rows:
-            lost = rows @ (dense - stored).to(rows.dtype).T
+            wrong = rows @ (W - stored).to(rows.dtype).T
         else:
-            lost = meant - rows @ stored.to(rows.dtype).T
-        errors.append(float(lost.float().square().sum() / meant.float().square().sum().clamp(min=1e-30)))
-    return errors
+            wrong = expected - rows @ stored.to(rows.dtype).T
+        lost += float(wrong.float().square().sum())
+        meant += float(expected.float().square().sum())
+    return lost / max(meant, 1e-30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+_C_LIBRARY = None if sys.platform == "win32" else ctypes.CDLL(None)
 _PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "safetensors", "numba", "numpy", "scipy")
 
 
@@ -66,6 +68,13 @@ def peak_memory_bytes(device: str = "cpu") -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_freed_memory() -> None:
+    """Gives freed memory back to the system where the C library keeps it for itself otherwise (glibc)."""
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def versions() -> dict[str, str]:

@@ -81,6 +81,12 @@ class SuspendedForward:
         copies = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # blocks may write into their arguments
         return SuspendedForward(lambda: type(block).forward(block, *copies, **kwargs))
 
+    def abandon(self) -> None:
+        """Ends it where it waits, and frees what it holds."""
+        self.place = None
+        if not self.done:
+            self._greenlet.throw()
+
     def resume(self) -> Place | None:
         """Runs to the next place and returns it; None when the forward has ended. Exceptions come through."""
         self.place = None
@@ -146,6 +152,7 @@ class BlockPass:
         forwards: each waits in front of the block.
         replay: which of the two ways.
         ahead: send copies of the forwards, which end with the block; the forwards themselves stay in front of it.
+        last: nobody reads what the block returns: the forwards end where the last stop has been served.
     """
 
     def __init__(
@@ -155,9 +162,10 @@ class BlockPass:
         forwards: Sequence[SuspendedForward],
         replay: bool,
         ahead: bool = False,
+        last: bool = False,
     ) -> None:
         self.block, self.stops, self.forwards = block, stops, forwards
-        self.replay, self.is_ahead = replay, ahead
+        self.replay, self.is_ahead, self.is_last = replay, ahead, last
         self.served: set[int] = set()
         self.rounding: dict[int, Rounding] = {}
         self.output_rounding: dict[nn.Module, Rounding] = {}
@@ -188,8 +196,12 @@ class BlockPass:
             here = [f for f in waiting if isinstance(f.place, AtMatrix) and f.place.group == stop]
             yield stop, [f.place for f in here if isinstance(f.place, AtMatrix)]
             self.served.add(stop)
+            if self.is_last and stop == len(self.stops) - 1:
+                break
             for forward in here:
                 forward.resume()
+        for forward in self.forwards if self.is_last else ():
+            forward.abandon()
 
     def _replayed(self) -> Iterator[tuple[int, list[AtMatrix]]]:
         while len(self.served) < len(self.stops):
@@ -201,8 +213,8 @@ class BlockPass:
             reached = [place for place in reached if place.group == stop]
             yield stop, reached
             self.served.add(stop)
-        for forward in () if self.is_ahead else self.forwards:
-            forward.resume()
+        for forward in self.forwards if self.is_last or not self.is_ahead else ():
+            forward.abandon() if self.is_last else forward.resume()
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from llmcompress.core.group import Matrix, MatrixGroup, run_methods
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
-from llmcompress.measure import Phases
+from llmcompress.measure import Phases, release_freed_memory
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.progress import Progress
@@ -33,9 +33,13 @@ from llmcompress.report import BlockReport, GroupReport
 from llmcompress.suspend import AtMatrix, BlockPass, Rounding, Stop, gates
 
 #: rows on which the error of a matrix is measured
-ERROR_ROWS = 512
+ERROR_ROWS = 256
 #: tokens of the probe that finds input groups and verifies folds
 PROBE_TOKENS = 16
+
+
+#: what `BlockPass.arrivals` gives
+Arrivals = Iterator[tuple[int, list[AtMatrix]]]
 
 
 @dataclass
@@ -68,7 +72,10 @@ class Lane:
         self.probe, *self.forwards = model.start_forwards([tokens[:1, :PROBE_TOKENS], *batches])
 
     def through(self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False) -> BlockPass:
-        """The way through a loaded block, with a stop at each of the groups, which may be another model's."""
+        """The way through a loaded block, with a stop at each of the groups, which may be another model's.
+
+        In the last block it ends at the last of them.
+        """
         modules = self.model.model
         stops = [
             Stop(
@@ -78,7 +85,7 @@ class Lane:
             for group in groups
         ]
         block = self.model.blocks[index].module
-        return BlockPass(block, stops, self.forwards, replay, ahead)
+        return BlockPass(block, stops, self.forwards, replay, ahead, last=index == len(self.model.blocks) - 1)
 
 
 class Walk:
@@ -141,6 +148,8 @@ class Walk:
                 yield finished
                 for model in models:
                     model.release_block(index)
+                del finished, found
+                release_freed_memory()
 
     def _compress(self, index: int, found: BlockMap, lanes: list[Lane]) -> CompressedBlock:
         """One block: serves its input groups as the tokens reach them."""
@@ -155,18 +164,24 @@ class Walk:
         arrivals = [way.arrivals() for way in passes]
         while self._go_on(groups, passes[0], arrivals, outcome, finished.report):
             pass
-        with self.phases("forward"):
-            if ahead:
-                outcome.apply()
-                way = passes[0]
-                lanes[0].through(index, groups, self.replay).finish(way.rounding, way.output_rounding)
-            for lane in lanes:
-                lane.probe.resume()
+        if index + 1 < len(self.model.blocks):
+            self._enter_next(lanes, passes[0] if ahead else None, index, groups, outcome)
         self._note_unreached(found, groups, passes[0].served)
         self.warnings += outcome.warnings
         with self.phases("pack"):
             finished.tensors, finished.schemes = outcome.tensors(index), outcome.schemes
         return finished
+
+    def _enter_next(
+        self, lanes: list[Lane], ahead: BlockPass | None, index: int, groups: list[InputGroup], outcome: Outcome
+    ) -> None:
+        """Brings what has not left the block yet to the next one: the probes, and the rows if copies went ahead."""
+        with self.phases("forward"):
+            if ahead is not None:
+                outcome.apply()
+                lanes[0].through(index, groups, self.replay).finish(ahead.rounding, ahead.output_rounding)
+            for lane in lanes:
+                lane.probe.resume()
 
     def _go_on(
         self, groups: list[InputGroup], way: BlockPass, arrivals: list[Arrivals], outcome: Outcome, report: BlockReport
@@ -188,6 +203,7 @@ class Walk:
                 work = self._serve(part, [at[1] for at in arrived if at], outcome, report)
         if self.recipe.propagate != "dense":
             self._round_from_now_on(way, first[0], work)
+        release_freed_memory()
         return True
 
     def _rehearsal(self, index: int, groups: list[InputGroup], lanes: list[Lane]) -> Rehearsal:
@@ -201,17 +217,16 @@ class Walk:
         self, group: InputGroup, places: list[list[AtMatrix]], outcome: Outcome, report: BlockReport
     ) -> MatrixGroup:
         """Runs the recipe on one input group, commits what it decided, and returns it."""
-        view = group.matrices[0]
-        rows, dense_rows = ([view.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
+        reader, views = group.matrices[0], [m for m in group.matrices if self.recipe.targets(m.name)]
+        rows, dense_rows = ([reader.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
         _require_finite(group.name, rows)
-        work = outcome.working_copies(group, [m.name for m in group.matrices if self.recipe.targets(m.name)])
-        originals = [m.weight for m in work.matrices]
+        work = outcome.working_copies(group, [view.name for view in views])
         stats = InputStats(group.width, self._needs, device=rows[0].device)
         for x, dense in zip(rows, dense_rows, strict=True):
             stats.update(x, dense)
         run_methods(self._methods, work, stats)
         sample = _sample(rows)
-        errors = relative_errors(work, originals, sample, _sample(dense_rows) if len(places) > 1 else sample)
+        errors = relative_errors(work, views, sample, _sample(dense_rows) if len(places) > 1 else sample)
         outcome.commit(group, work, places[0])
         for matrix, error in zip(work.matrices, errors, strict=True):
             report.matrices.append(outcome.report(matrix, error))

@@ -112,6 +112,22 @@ def test_going_ahead_leaves_the_forward_in_front_and_finishing_rounds_its_inputs
     torch.testing.assert_close(forward.result, inputs[0] + block.down.bias)
 
 
+@pytest.mark.parametrize("replay", [False, True])
+@torch.no_grad()
+def test_in_the_last_block_nothing_runs_after_the_last_stop(replay: bool) -> None:
+    model, inputs = build()
+    block = model[0]
+    ran: list[nn.Module] = []
+    block.down.register_forward_hook(lambda module, *_: ran.append(module))
+    with gates([block]):
+        forward = SuspendedForward(lambda: block(inputs[0]))
+        forward.resume()
+        visited = [number for number, _ in BlockPass(block, stops(block), [forward], replay, last=True).arrivals()]
+    assert visited == [0, 1]
+    assert forward.done
+    assert not ran
+
+
 def test_hooks_are_returned_and_errors_come_through() -> None:
     model, inputs = build()
     block = model[0]

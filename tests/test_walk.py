@@ -46,7 +46,7 @@ def test_replay_equals_suspended_in_bfloat16(tmp_path: Path) -> None:
     assert all(torch.equal(a.tensors[n], b.tensors[n]) for a, b in zip(one, two, strict=True) for n in a.tensors)
 
 
-def test_every_matrix_sees_every_calibration_token_exactly_once(tmp_path: Path) -> None:
+def test_every_matrix_multiplies_every_calibration_token_once_but_the_last_which_nobody_waits_for(tmp_path: Path) -> None:
     model = BlockwiseModel(Checkpoint(tiny_folder(tmp_path)), torch.float32)
     seen: Counter[str] = Counter()
 
@@ -61,7 +61,8 @@ def test_every_matrix_sees_every_calibration_token_exactly_once(tmp_path: Path) 
         if isinstance(module, nn.Linear) and "layers" in name:
             module.register_forward_hook(lambda m, a, o, name=name: count(name)(m, a))
     list(Walk(model, Recipe.from_tree(JOINT, "t"), TOKENS).run())
-    assert len(seen) == 14 and set(seen.values()) == {TOKENS.numel()}
+    assert len(seen) == 13 and set(seen.values()) == {TOKENS.numel()}
+    assert "model.layers.1.mlp.down_proj" not in seen
 
 
 def test_each_group_is_calibrated_on_its_compressed_predecessors(tmp_path: Path) -> None:
@@ -222,9 +223,9 @@ def test_smoothing_is_stored_though_dense_inputs_are_propagated(tmp_path: Path) 
 
 def test_steps_that_need_no_statistics_are_given_only_the_rows_that_errors_are_measured_on(tmp_path: Path) -> None:
     path = tiny_folder(tmp_path)
-    many = TOKENS.repeat(20, 1)  # 2880 tokens
+    many = TOKENS.repeat(20, 1)  # 2880 tokens, 24 a row
     model = BlockwiseModel(Checkpoint(path), torch.float32)
     rounding = {"stages": [{"quantize": {"weights": "int8", "activations": "int8"}}]}
     fixed = {"stages": [{"quantize": {"weights": "int8", "activations": "int8-static"}}]}
-    assert Walk(model, Recipe.from_tree(rounding, "t"), many).tokens.numel() == 528
+    assert Walk(model, Recipe.from_tree(rounding, "t"), many).tokens.numel() == 264
     assert Walk(model, Recipe.from_tree(fixed, "t"), many).tokens.numel() == 2880

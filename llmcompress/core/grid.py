@@ -7,6 +7,7 @@ always on the grid."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,8 @@ GROUPINGS = ("tensor", "channel", "token")
 OBSERVERS = ("minmax", "mse")
 #: shares of the full range that an ``mse`` grid tries
 SHRINKS = tuple(1 - step / 100 for step in range(80))
+#: entries that are rounded at once
+PART_ENTRIES = 1 << 20
 #: groups whose trials are held at once
 FIT_GROUPS = 1 << 14
 _KEYS = ("bits", "symmetric", "group", "dynamic", "observer")
@@ -151,17 +154,21 @@ class QuantGrid:
 
     def quantize(self, x: Tensor, levels: Levels) -> Tensor:
         """Codes of ``x``, (rows, cols) int8. Zero gets the code that reads back as exactly zero."""
-        grouped = self._grouped(x.float()) / levels.scale[..., None]
-        if levels.zero_point is not None:
-            grouped = grouped + levels.zero_point[..., None]
-        return torch.clamp(torch.round(grouped), *self.range).to(torch.int8).view_as(x)
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        for rows, scale, zero in _parts(x, levels):
+            exact = self._grouped(x[rows].float()) / scale
+            exact = exact if zero is None else exact.add_(zero)
+            codes[rows] = exact.round_().clamp_(*self.range).view_as(codes[rows])
+        return codes
 
     def dequantize(self, codes: Tensor, levels: Levels) -> Tensor:
         """(rows, cols) float32 values of ``codes``."""
-        grouped = self._grouped(codes.float())
-        if levels.zero_point is not None:
-            grouped = grouped - levels.zero_point[..., None]
-        return (grouped * levels.scale[..., None]).view_as(codes)
+        values = torch.empty(codes.shape, device=codes.device)
+        for rows, scale, zero in _parts(codes, levels):
+            part = self._grouped(values[rows].copy_(codes[rows]))
+            part = part if zero is None else part.sub_(zero)
+            part.mul_(scale)
+        return values
 
     def round(self, x: Tensor, levels: Levels) -> Tensor:
         """``x`` on the grid, float32."""
@@ -175,7 +182,12 @@ class QuantGrid:
             levels: of a static grid, as fitted in calibration; None if dynamic.
         """
         flat = x.reshape(-1, x.shape[-1])
-        return self.round(flat, levels or self.fit(flat, x.dtype)).view_as(x).to(x.dtype)
+        if levels is None and self.group == "tensor":
+            levels = self.fit(flat, x.dtype)
+        rounded = torch.empty_like(flat)
+        for rows in _slices(flat):
+            rounded[rows] = self.round(flat[rows], levels or self.fit(flat[rows], x.dtype))
+        return rounded.view_as(x)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """(rows, cols) seen as (rows or 1, G, columns sharing a scale)."""
@@ -240,6 +252,20 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """(out, in) float32."""
         return self.grid.dequantize(self.codes, self.levels)
+
+
+def _slices(x: Tensor) -> Iterator[slice]:
+    """Rows of ``x`` (rows, cols) few enough for their temporaries to stay in the cache."""
+    step = max(PART_ENTRIES // max(x.shape[1], 1), 1)
+    yield from (slice(first, first + step) for first in range(0, x.shape[0], step))
+
+
+def _parts(x: Tensor, levels: Levels) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Some rows of ``x`` (rows, cols) at a time, with their scales and zero points (rows or 1, G, 1)."""
+    for rows in _slices(x):
+        mine = slice(None) if len(levels.scale) == 1 else rows
+        zero = None if levels.zero_point is None else levels.zero_point[mine, :, None]
+        yield rows, levels.scale[mine, :, None], zero
 
 
 def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:

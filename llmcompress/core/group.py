@@ -16,6 +16,9 @@ from llmcompress.core.block import BlockView
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.core.stats import InputStats
 
+#: entries of a matrix that are scored at once
+PART_ENTRIES = 1 << 20
+
 
 @dataclass
 class Matrix:
@@ -47,12 +50,21 @@ class Matrix:
         """Input width."""
         return self.weight.shape[1]
 
-    def prune(self, keep: Tensor, values: Tensor | None = None) -> None:
+    def row_parts(self) -> Iterator[Tensor]:
+        """The weights some output rows at a time, (≤ rows, in), few enough for temporaries to stay in the cache."""
+        yield from self.weight.split(max(PART_ENTRIES // self.columns, 1))
+
+    def prune(self, keep: Tensor, values: Tensor | None = None, last: bool = False) -> None:
         """Zeroes where ``keep`` (out, in) is False. What an earlier stage dropped stays dropped.
 
         Args:
             values: (out, in) new values of what is kept, zero elsewhere; None leaves the weights that stay as they are.
+            last: no later step reads the weights before: they are overwritten.
         """
+        if last and values is None and self.keep is None:
+            self.keep = keep
+            self.weight.masked_fill_(~keep, 0.0)
+            return
         self.aim = self.weight if self.aim is None else self.aim
         earlier, self.keep = self.keep, keep if self.keep is None else self.keep & keep
         if values is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmcompress.core.kernels.select_cpu import keep_highest_of_each
 from llmcompress.errors import UserError
 
 
@@ -76,8 +77,10 @@ class Sparsity:
         Returns:
             (out, in) bool.
         """
-        grouped = score.reshape(score.shape[0], -1, self.m or score.shape[1])
-        drop = self.zeros_of(grouped.shape[-1])
+        grouped = score.reshape(-1, self.m or score.shape[1])
+        drop = self.zeros_of(grouped.shape[1])
+        if grouped.device.type == "cpu" and grouped.dtype == torch.float32:
+            return keep_highest_of_each(grouped.contiguous(), drop).view_as(score)
         keep = torch.ones_like(grouped, dtype=torch.bool)
         if drop:
             keep.scatter_(-1, _lowest(grouped, drop), False)

@@ -10,6 +10,8 @@ import torch
 from scipy.linalg.blas import ssyrk
 from torch import Tensor
 
+from llmcompress.core.kernels.moments_cpu import add_squares
+
 #: what a method may ask for
 KINDS = frozenset({"absmax", "low", "high", "mean", "mean_abs", "squares", "gram", "cross", "rows"})
 
@@ -84,7 +86,10 @@ class InputStats:
             elif kind == "mean_abs":
                 total += x32.abs().sum(0)
             elif kind == "squares":
-                total += torch.linalg.vector_norm(x32, dim=0).square_()
+                if x32.device.type == "cpu":
+                    add_squares(total, x32.contiguous())
+                else:
+                    total += torch.linalg.vector_norm(x32, dim=0).square_()
             elif kind == "gram":
                 add_gram(total, x32)
             else:
@@ -168,8 +173,11 @@ class InputStats:
 
 
 def pieces(x: Tensor) -> Iterator[Tensor]:
-    """Rows ``x`` (tokens, in) in float32, a few thousand at a time."""
-    yield from (part.float() for part in x.split(max(UPDATE_ENTRIES // x.shape[1], 1)))
+    """Rows ``x`` (tokens, in) in float32, a few thousand at a time, each good until the next is asked for."""
+    parts = x.split(max(UPDATE_ENTRIES // x.shape[1], 1))
+    room = None if x.dtype == torch.float32 else torch.empty(parts[0].shape, device=x.device)
+    for part in parts:
+        yield part if room is None else room[: len(part)].copy_(part)
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.core.grid import Levels, QuantGrid
-from llmcompress.core.kernels import sweep_cpu
+from llmcompress.core.kernels import select_cpu
 from llmcompress.core.sparsity import Sparsity
 
 #: columns over which an unstructured mask is decided at once
@@ -130,7 +130,7 @@ class Round:
 def _keep_highest(score: Tensor, drop: int) -> Tensor:
     """False for exactly the ``drop`` lowest of all non-negative scores."""
     if score.device.type == "cpu" and score.dtype == torch.float32:
-        return sweep_cpu.keep_highest(score.contiguous(), drop)
+        return select_cpu.keep_highest(score.contiguous(), drop)
     keep = torch.ones(score.numel(), dtype=torch.bool, device=score.device)
     keep[torch.topk(score.flatten(), drop, largest=False, sorted=False).indices] = False
     return keep.view_as(score)

@@ -101,9 +101,9 @@ class CheckpointWriter:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
         if _is_full_disk(error or failure):
-            raise UserError(
-                "the disk is full", str(self.output), "free some space or choose another --output"
-            ) from (error or failure)
+            raise UserError("the disk is full", str(self.output), "free some space or choose another --output") from (
+                error or failure
+            )
         if failure is not None:
             raise failure
 

@@ -74,9 +74,15 @@ class Curvature:
             )
         return Curvature(factor, order, H if again else None, C)
 
-    def aim(self, matrix: Matrix) -> Tensor:
-        """(out, in) what the matrix's output error is measured against, a new tensor: its weights before any pruning,
-        moved to meet the dense model's outputs if so asked. Columns in order; those of dead inputs are zero."""
+    def aim(self, matrix: Matrix, last: bool = False) -> Tensor:
+        """(out, in) what the matrix's output error is measured against, to be overwritten: its weights before any
+        pruning, moved to meet the dense model's outputs if so asked. Columns in order; those of dead inputs are zero.
+
+        Args:
+            last: nobody reads the matrix's present weights any more; where no others are needed, it is they.
+        """
+        if last and self.order is None and self.C is None and matrix.aim is None:
+            return matrix.weight.masked_fill_(self.factor.dead, 0.0)
         W = self.ordered(matrix.weight if matrix.aim is None else matrix.aim)
         if self.C is not None and self.H is not None and not matrix.aims_at_dense:
             W = aim_at_dense(W, self.H, self.C, self.factor)
@@ -102,5 +108,10 @@ def gram_for(stats: InputStats, rest: Iterable[Method]) -> Tensor:
     return stats.gram if any("gram" in method.needs for method in rest) else stats.take_gram()
 
 
-def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
-    return matrix[order[:, None], order]
+def _permuted(matrix: Tensor, order: Tensor, rows: int = 512) -> Tensor:
+    """Both axes in ``order``, some rows at a time: gathering is fast within the cache."""
+    permuted = torch.empty_like(matrix)
+    for first in range(0, len(order), rows):
+        part = slice(first, first + rows)
+        torch.index_select(matrix[order[part]], 1, order, out=permuted[part])
+    return permuted

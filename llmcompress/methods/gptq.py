@@ -94,26 +94,27 @@ class GPTQ(Method):
                 least = curvature.least_squares(curvature.aim(matrix))
                 refitted, _ = least.refit(curvature.ordered(matrix.keep), curvature.ordered(matrix.weight))
                 matrix.aim = matrix.weight = curvature.restored(refitted)
-            self._sweep(matrix, curvature, sparsity)
+            self._sweep(matrix, curvature, sparsity, last=not rest)
 
     def _gram(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...]) -> Tensor:
         return gram_for(stats, rest) if self.activations is None else run_time_gram(group, stats)
 
-    def _sweep(self, matrix: Matrix, curvature: Curvature, sparsity: Sparsity | None) -> None:
+    def _sweep(self, matrix: Matrix, curvature: Curvature, sparsity: Sparsity | None, last: bool) -> None:
         """Rounds one matrix."""
-        W = curvature.aim(matrix)
+        W = curvature.aim(matrix, last)
         mask = None
         if sparsity is not None:
             mask = Mask(sparsity, curvature.factor.V.diagonal(), len(W))
         elif matrix.keep is not None:
             mask = Mask.held(curvature.ordered(matrix.keep))
         order = curvature.order
-        fitted = curvature.restored(W) if matrix.keep is None else matrix.weight
+        moved = matrix.keep is None and (curvature.C is not None or bool(curvature.factor.dead.any()))
+        fitted = curvature.restored(W) if moved else matrix.weight
         level_of = None if order is None else order // self.weights.group_size(matrix.columns)
         rounding = Round(self.weights, fitted, matrix.scale_dtype, mask, level_of, self.static_groups)
         Q = curvature.restored(sweep(W, curvature.factor, mask, rounding, out=W))
         if mask is not None and sparsity is not None:
-            matrix.prune(curvature.restored(mask.keep))
+            matrix.prune(curvature.restored(mask.keep), Q)
         levels = rounding.levels
         matrix.quantize(QuantizedWeight(self.weights.quantize(Q, levels), levels, self.weights))
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
@@ -24,5 +26,6 @@ class Magnitude(Method):
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         for matrix in group:
-            matrix.prune(self.sparsity.keep_mask(matrix.weight.abs()))
+            keep = [self.sparsity.keep_mask(W.abs()) for W in matrix.row_parts()]
+            matrix.prune(torch.cat(keep), last=not rest)
         return stats

@@ -68,7 +68,7 @@ class SparseGPT(Method):
         curvature = Curvature.of(group, H, C, Problem(self.damping, self.target, self.precision, self.refit))
         del H
         for matrix in group:
-            W = curvature.aim(matrix)
+            W = curvature.aim(matrix, last=not rest and not self.refit)
             mask = Mask(self.sparsity, curvature.factor.V.diagonal(), len(W))
             matrix.prune(mask.keep, sweep(W, curvature.factor, mask, out=None if self.refit else W))
             if self.refit:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
@@ -24,6 +26,6 @@ class Wanda(Method):
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         for matrix in group:
-            score = matrix.weight.abs() * stats.rms  # (out, in)
-            matrix.prune(self.sparsity.keep_mask(score))
+            keep = [self.sparsity.keep_mask(W.abs() * stats.rms) for W in matrix.row_parts()]  # (≤ out, in) each
+            matrix.prune(torch.cat(keep), last=not rest)
         return stats

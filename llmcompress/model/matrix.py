@@ -87,10 +87,15 @@ class MatrixView:
             x = x.unflatten(-3, (self.groups, -1)).select(-4, self.part)
         return _patches(x if x.dim() == 4 else x[None], self.module)
 
+    @property
+    def weight(self) -> Tensor:
+        """The module's own values seen as (out, in), in its dtype."""
+        weight = self._own(self.module.get_parameter("weight"))
+        return weight.T if self.transposed else weight.flatten(1)
+
     def read(self) -> Tensor:
         """A float32 copy, (out, in)."""
-        weight = self._own(self.module.get_parameter("weight"))
-        return (weight.T if self.transposed else weight.flatten(1)).to(torch.float32, copy=True).contiguous()
+        return self.weight.to(torch.float32, copy=True).contiguous()
 
     def write(self, weight: Tensor) -> None:
         """Replaces the values by ``weight`` (out, in), in the module's dtype."""

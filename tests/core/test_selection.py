@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmcompress.core.kernels.sweep_cpu import keep_highest
+from llmcompress.core.kernels.select_cpu import keep_highest, keep_highest_of_each
 
 
 @pytest.mark.parametrize("distinct", [3, 50, 10**6])
@@ -25,3 +25,20 @@ def test_ties_go_to_the_later_position():
 
 def test_infinite_scores_sort_last():
     assert keep_highest(torch.tensor([torch.inf, 3, torch.inf, 1e-40]), 2).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 32, 33, 100, 1000])
+@pytest.mark.parametrize("kind", ["ties", "signed", "infinite"])
+def test_every_part_drops_exactly_its_lowest_and_the_earlier_of_equals(size, kind):
+    random = np.random.default_rng(size)
+    score = random.normal(size=(20, size)).astype(np.float32)
+    if kind == "ties":
+        score = np.round(score)
+    elif kind == "infinite":
+        score[random.random(score.shape) < 0.3] = -np.inf
+    for drop in {0, 1, size // 2, size - 1} - {size}:
+        keep = keep_highest_of_each(torch.from_numpy(score), drop).numpy()
+        order = np.argsort(score, axis=1, kind="stable")
+        expected = np.ones_like(keep)
+        np.put_along_axis(expected, order[:, :drop], False, 1)
+        assert (keep == expected).all()

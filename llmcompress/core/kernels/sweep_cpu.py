@@ -17,8 +17,6 @@ from llmcompress.core.kernels.threads import share
 COLUMNS = 256
 #: rows per tile; a multiple of the widest vector register
 TILE = 128
-#: pieces of a selection
-CHUNKS = 16
 #: multiplications and additions may be fused; nothing else is loosened
 FAST = {"contract", "nsz"}
 
@@ -218,59 +216,3 @@ def adjust_columns(weight: Tensor, first: int, carried: Tensor, V: Tensor, adjus
     """
     arguments = (weight.numpy(), first, carried.numpy(), V.numpy(), adjusted.numpy())
     share(_adjust_rows, len(weight), TILE, torch.get_num_threads(), *arguments)
-
-
-@njit(nogil=True, cache=True)
-def _histogram(begin, end, bits, prefix, high_shift, low_shift, counts):
-    """counts[chunk] of the bits between the shifts, among scores whose higher bits are ``prefix``."""
-    size = (bits.size + CHUNKS - 1) // CHUNKS
-    digits = (1 << (high_shift - low_shift)) - 1
-    for chunk in range(begin, end):
-        mine = counts[chunk]
-        for i in range(chunk * size, min(bits.size, (chunk + 1) * size)):
-            if bits[i] >> high_shift == prefix:
-                mine[(bits[i] >> low_shift) & digits] += 1
-
-
-@njit(nogil=True, cache=True)
-def _above(begin, end, bits, threshold, ties, keep):
-    """keep = bits > threshold; of those equal, each chunk drops its first ``ties[chunk]``."""
-    size = (bits.size + CHUNKS - 1) // CHUNKS
-    for chunk in range(begin, end):
-        left = ties[chunk]
-        for i in range(chunk * size, min(bits.size, (chunk + 1) * size)):
-            keep[i] = bits[i] > threshold
-            if bits[i] == threshold:
-                keep[i] = left <= 0
-                left -= 1
-
-
-def keep_highest(score: Tensor, drop: int) -> Tensor:
-    """False for exactly the ``drop`` lowest scores; ties go to the later position.
-
-    A radix selection in three passes: floats that are not negative sort like their bits.
-
-    Args:
-        score: float32, not negative, contiguous.
-        drop: how many go.
-
-    Returns:
-        bool, shaped like ``score``.
-    """
-    bits = score.numpy().reshape(-1).view(np.int32)
-    threads = torch.get_num_threads()
-    keep = np.ones(bits.shape, np.bool_)
-    if drop <= 0:
-        return torch.from_numpy(keep).view(score.shape)
-    prefix, before = 0, 0
-    for high_shift, low_shift in ((31, 20), (20, 9), (9, 0)):
-        counts = np.zeros((CHUNKS, 2048), np.int64)
-        share(_histogram, CHUNKS, 1, threads, bits, prefix, high_shift, low_shift, counts)
-        reached = before + np.cumsum(counts.sum(0))
-        bucket = int(np.searchsorted(reached, drop))
-        before = int(reached[bucket - 1]) if bucket else before
-        prefix = (prefix << (high_shift - low_shift)) | bucket
-    equal = counts[:, bucket]
-    earlier = np.cumsum(equal) - equal
-    share(_above, CHUNKS, 1, threads, bits, prefix, np.clip(drop - before - earlier, 0, equal), keep)
-    return torch.from_numpy(keep).view(score.shape)
