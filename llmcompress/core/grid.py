@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmcompress.core.kernels.mse_range import best_trial
+from llmcompress.core.observe import best_trial
 from llmcompress.errors import UserError, nearest
 
 GROUPINGS = ("tensor", "channel", "token")
 OBSERVERS = ("minmax", "mse")
 #: shares of the full range that an ``mse`` grid tries
-SHRINKS = tuple(1 - step / 100 for step in range(80))
+SHARES = tuple(1 - step / 100 for step in range(80))
 #: entries that are rounded at once
 PART_ENTRIES = 1 << 20
 #: groups whose trials are held at once
@@ -198,41 +198,18 @@ class QuantGrid:
     def _fit_mse(
         self, grouped: Tensor, low: Tensor, high: Tensor, scale_dtype: torch.dtype, weight: Tensor | None
     ) -> Levels:
-        """The best of 80 ranges shrunk by 1 % each, by Σ|error|^2.4 per group (GPTQ's grid search)."""
-        if weight is None and grouped.device.type == "cpu":
-            return self._fit_mse_compiled(grouped, low, high, scale_dtype)
-        best = self.levels(low, high, scale_dtype)
-        best_error = torch.full_like(low, torch.inf)
-        for shrink in SHRINKS:
-            trial = self.levels(low * shrink, high * shrink, scale_dtype)
-            error = self._grouped_error(grouped, trial, weight)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best = Levels(
-                torch.where(better, trial.scale, best.scale),
-                None
-                if trial.zero_point is None or best.zero_point is None
-                else torch.where(better, trial.zero_point, best.zero_point),
-            )
-        return best
-
-    def _fit_mse_compiled(self, grouped: Tensor, low: Tensor, high: Tensor, scale_dtype: torch.dtype) -> Levels:
-        """The same, for some groups at a time, so that the levels of all trials stay small."""
-        values, found = grouped.reshape(-1, grouped.shape[-1]), []
-        for x, least, most in zip(*(t.split(FIT_GROUPS) for t in (values, low.flatten(), high.flatten())), strict=True):
-            trials = [self.levels(least * shrink, most * shrink, scale_dtype) for shrink in SHRINKS]
+        """The best of all shares of the full range, for some groups at a time, so that the trials stay small."""
+        size, found = grouped.shape[-1], []
+        parts = [t.split(FIT_GROUPS) for t in (grouped.reshape(-1, size), low.flatten(), high.flatten())]
+        weights = [None] * len(parts[0]) if weight is None else weight.reshape(-1, size).split(FIT_GROUPS)
+        for x, least, most, w in zip(*parts, weights, strict=True):
+            trials = [self.levels(least * share, most * share, scale_dtype) for share in SHARES]
             scale = torch.stack([t.scale for t in trials])
             zero = torch.stack([torch.zeros_like(t.scale) if t.zero_point is None else t.zero_point for t in trials])
-            best = best_trial(x.contiguous(), scale, zero, self.range)[None]
+            best = best_trial(x, scale, zero, self.range, w)[None]
             found.append((scale.gather(0, best)[0], zero.gather(0, best)[0]))
-        scale, zero = (torch.cat(parts).view_as(low) for parts in zip(*found, strict=True))
+        scale, zero = (torch.cat(pieces).view_as(low) for pieces in zip(*found, strict=True))
         return Levels(scale, None if self.symmetric else zero)
-
-    def _grouped_error(self, grouped: Tensor, levels: Levels, weight: Tensor | None) -> Tensor:
-        zero = 0 if levels.zero_point is None else levels.zero_point[..., None]
-        codes = torch.clamp(torch.round(grouped / levels.scale[..., None] + zero), *self.range)
-        error = ((codes - zero) * levels.scale[..., None] - grouped).abs_().pow_(2.4)
-        return (error if weight is None else error * weight).sum(-1)
 
 
 @dataclass(frozen=True)

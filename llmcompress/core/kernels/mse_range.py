@@ -2,8 +2,8 @@
 weights with the least Σ|error|^2.4.
 
 Groups are independent, and run in plain threads. A trial is passed over without a look at the group where its extreme
-values alone would lose more than the best trial so far: their clipping errors are part of every sum. `QuantGrid` has
-the plain torch version, which is the reference."""
+values alone would lose more than the best trial so far: their clipping errors are part of every sum. The plain
+torch version in `llmcompress.core.observe` is the reference."""
 
 from __future__ import annotations
 
