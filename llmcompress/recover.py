@@ -1,12 +1,14 @@
 """Training a pruned model for a few steps, so that what is left makes up for what was removed.
 
-The next-token loss on the calibration rows is minimised by AdamW, a few rows a step in an order drawn from the seed,
-with a rate that rises for a twentieth of the steps and falls to zero along a cosine. Either all weights of the blocks
+The divergence of its predictions from the dense model's on the calibration rows is minimised by AdamW, a few rows a
+step in an order drawn from the seed, with a rate that rises for a twentieth of the steps and falls to zero along a
+cosine. (LLM-Pruner trains on the next token of fifty thousand texts; the few rows that are at hand here would be
+learnt by heart, and the held-out perplexity rise.) Either all weights of the blocks
 are trained, or, as in LLM-Pruner (Ma et al., 2023, arXiv:2305.11627), low-rank additions to their matrices (Hu et al.,
 2021, arXiv:2106.09685), which are merged into them at the end. Embeddings and head stay as they are.
 
-The model is whole in memory for this, in float32, with gradients and the two moments of AdamW of whatever is trained:
-16 bytes for every trained parameter, 4 for the others."""
+Both models are whole in memory for this: the dense one in the dtype of the arithmetic, the pruned one in float32 with
+gradients and the two moments of AdamW of whatever is trained: 16 bytes for a trained parameter, 4 for the others."""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import gc
 import importlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,18 +42,14 @@ WARM_UP = 0.05
 
 
 def recover(
-    model: BlockwiseModel,
-    tokens: Tensor,
-    steps: int,
-    kind: str,
-    seed: int,
-    writer: CheckpointWriter,
-    progress: Progress,
-) -> tuple[Checkpoint, dict[str, Any]]:
+    model: BlockwiseModel, dense: BlockwiseModel, tokens: Tensor, steps: int, kind: str, seed: int,
+    writer: CheckpointWriter, progress: Progress,
+) -> tuple[Checkpoint, dict[str, Any]]:  # fmt: skip
     """Trains the model and writes it under the same names and dtypes.
 
     Args:
         model: what was pruned; it is opened again, whole.
+        dense: what it was pruned from; the same.
         tokens: (N, T) rows to train on.
         steps: of AdamW.
         kind: one of KINDS.
@@ -68,10 +67,7 @@ def recover(
     names = [f"{b.name}.{name}" for b in model.blocks for name, _ in b.module.named_parameters()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = AutoModelForCausalLM.from_pretrained(
-            model.checkpoint.folder, dtype=torch.float32, trust_remote_code=model.trust_remote_code
-        )
-        network = network.to(model.device).eval().requires_grad_(False)  # eval: nothing is dropped at random
+        teacher, network = _whole(dense, dense.dtype), _whole(model, torch.float32)
         trained: nn.Module = network
         if peft is None:
             for name in names:
@@ -79,11 +75,11 @@ def recover(
         else:
             trained = _with_additions(peft, network, model)
         with progress.phase("recovering", steps) as advance:
-            losses = _train(trained, tokens, steps, RATE[kind], seed, advance)
+            losses = _train(trained, teacher, tokens, steps, RATE[kind], seed, advance)
         if peft is not None:
             network = trained.merge_and_unload()  # type: ignore[operator]
     _write(model, network, names, writer)
-    del network, trained
+    del network, trained, teacher
     gc.collect()
     figures = {"kind": kind, "steps": steps, "rate": RATE[kind], "rows per step": _rows_per_step(tokens)}
     return Checkpoint(writer.partial), figures | {"loss": [round(loss, 6) for loss in losses]}
@@ -93,11 +89,22 @@ def recovery_bytes(model: BlockwiseModel, kind: str) -> int:
     """Predicted memory of weights, gradients and moments; what the steps hold in between comes on top."""
     every = sum(p.numel() for p in model.model.parameters())
     trained = sum(p.numel() for b in model.blocks for p in b.module.parameters()) if kind == "full" else 0
-    return 4 * every + 12 * trained
+    return (4 + model.dtype.itemsize) * every + 12 * trained
 
 
-def _train(network: nn.Module, tokens: Tensor, steps: int, rate: float, seed: int, advance: Any) -> list[float]:
-    """The loss of every step, before its update."""
+def _whole(model: BlockwiseModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in memory, for evaluation: nothing is dropped at random, nothing trained."""
+    network = AutoModelForCausalLM.from_pretrained(
+        model.checkpoint.folder, dtype=dtype, trust_remote_code=model.trust_remote_code
+    )
+    return network.to(model.device).eval().requires_grad_(False)
+
+
+def _train(
+    network: nn.Module, teacher: nn.Module, tokens: Tensor, steps: int, rate: float, seed: int,
+    advance: Callable[[int], None],
+) -> list[float]:  # fmt: skip
+    """KL(teacher ‖ network) per token, of every step before its update."""
     wanted = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(wanted, lr=rate, weight_decay=0.0)
     order = _order(len(tokens), steps * _rows_per_step(tokens), seed)
@@ -108,8 +115,9 @@ def _train(network: nn.Module, tokens: Tensor, steps: int, rate: float, seed: in
         for group in optimizer.param_groups:
             group["lr"] = rate * _schedule(step, steps)
         rows = tokens[chosen].to(device)
-        logits = network(input_ids=rows, use_cache=False).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        with torch.no_grad():
+            aim = _log_probabilities(teacher, rows)
+        loss = F.kl_div(_log_probabilities(network, rows), aim, reduction="batchmean", log_target=True)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise UserError(f"the loss of step {step} is not finite", "--recover-steps", "leave the recovery out")
@@ -119,6 +127,11 @@ def _train(network: nn.Module, tokens: Tensor, steps: int, rate: float, seed: in
         optimizer.step()
         advance(1)
     return losses
+
+
+def _log_probabilities(network: nn.Module, rows: Tensor) -> Tensor:
+    """Of every next token, (rows · (T − 1), vocabulary)."""
+    return network(input_ids=rows, use_cache=False).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -103,7 +103,8 @@ class Report:
         evaluation: the same of the rows that were evaluated on, if any.
         structure: of a step that made matrices smaller: the share of the blocks' weights asked for and removed, and how
             many groups of each kind a block kept; empty if there was none.
-        recovery: of the training after it: kind, steps, rate, the loss of every step; empty if there was none.
+        recovery: of the training after it: kind, steps, rate, the divergence from the dense model at every step; empty
+            if there was none.
         blocks: in the order of the forward.
         warnings: what was skipped or degraded, in plain words.
         output: the folder that was written.
@@ -217,7 +218,8 @@ class Report:
         if self.recovery:
             first, last = self.recovery["loss"][0], self.recovery["loss"][-1]
             lines.append(
-                f"recovered in {self.recovery['steps']} steps ({self.recovery['kind']}): loss {first:.3f} → {last:.3f}"
+                f"recovered in {self.recovery['steps']} steps ({self.recovery['kind']}): "
+                f"divergence from the dense model {first:.4f} → {last:.4f} on the rows trained on"
             )
         for name, rows in (("calibrated", self.calibration), ("evaluated", self.evaluation)):
             if rows:

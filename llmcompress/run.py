@@ -193,7 +193,7 @@ class Run:
         if o.recover_steps:
             with self.phases("recover"):
                 checkpoint, report.recovery = recover(
-                    model, tokens, o.recover_steps, o.recover, o.seed, folder("recovered"), self.progress
+                    model, dense, tokens, o.recover_steps, o.recover, o.seed, folder("recovered"), self.progress
                 )
                 model = self.source.open(checkpoint)
         check_fit(self.recipe.blockwise, model)

@@ -245,7 +245,7 @@ def test_recovery_lowers_the_loss_and_changes_the_blocks_alone(kind: str, model_
     source = tiny_folder(tmp_path / "dense", model_type)
     report = compress(source, recipe(), tmp_path / "out", options(recover_steps=30, recover=kind))
     loss = report.recovery["loss"]
-    assert len(loss) == 30 and sum(loss[-5:]) < 0.98 * sum(loss[:5])
+    assert len(loss) == 30 and sum(loss[-5:]) < 0.95 * sum(loss[:5])
     compress(source, recipe(), tmp_path / "plain", options())
     after, before = (AutoModelForCausalLM.from_pretrained(tmp_path / f).state_dict() for f in ("out", "plain"))
     assert after.keys() == before.keys()
