@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -17,8 +18,6 @@ from llmcompress.core.straight_through import round_through
 if TYPE_CHECKING:
     from llmcompress.methods.omniquant import OmniQuant
 
-#: sigmoid of it is the first share of the range
-CLIP_START = 4.0
 #: one of so many micro-batches judges
 JUDGES = 5
 #: epochs without an improvement by MARGIN, after which learning ends
@@ -108,13 +107,13 @@ class Lesson:
         start = self._judged()
         if not start > 0 or not self.groups:
             return
-        best, kept, stale, epoch = start, self._state(), 0, 0
+        best, kept, lowest, stale, epoch = start, self._state(), math.inf, 0, 0
         steps = self._descent(start)
         for epoch in range(1, self.recipe.epochs + 1):
             for batch in self.pupils:
                 next(steps)(batch)
             now = self._judged()
-            stale = 0 if now < best * (1 - MARGIN) else stale + 1
+            stale, lowest = (0, now) if now < lowest * (1 - MARGIN) else (stale + 1, lowest)
             if now < best:
                 best, kept = now, self._state()
             self.view.note(f"epoch {epoch}, error {now / start:.3f} of the start's")
@@ -126,6 +125,7 @@ class Lesson:
     def _descent(self, start: float) -> Iterator[Callable[[int], None]]:
         """Gives the parameters their first values, and then one step after the other."""
         recipe, scales, clips = self.recipe, [], []
+        first = math.log(2**recipe.weights.bits - 1) if recipe.clip_start is None else recipe.clip_start
         for group in self.groups:
             if group.start is not None and recipe.scales:
                 group.theta = torch.zeros_like(group.start, requires_grad=True)
@@ -133,7 +133,7 @@ class Lesson:
             for name, weight in group.known.weights.items() if recipe.clips else ():
                 low = recipe.weights.bounds(weight)[0]
                 sides = 1 if recipe.weights.symmetric else 2
-                group.gamma[name] = torch.full((sides, *low.shape), CLIP_START, device=low.device, requires_grad=True)
+                group.gamma[name] = torch.full((sides, *low.shape), first, device=low.device, requires_grad=True)
                 clips.append(group.gamma[name])
         rates = [{"params": scales, "lr": recipe.scale_rate}, {"params": clips, "lr": recipe.clip_rate}]
         optimizer = torch.optim.AdamW([rate for rate in rates if rate["params"]], weight_decay=0.0)
