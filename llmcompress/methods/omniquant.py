@@ -16,6 +16,7 @@ taken in order, so the same rows give the same result."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llmcompress.core.block import BlockView
 from llmcompress.core.grid import QuantGrid, QuantizedWeight
@@ -42,6 +43,8 @@ class OmniQuant(Method):
         batch: rows per step.
         scale_rate, clip_rate: step sizes of AdamW.
         clip_start: first γ and β, 4 in the paper; None for ln(2^bits − 1), which clips by half a step of the grid.
+        target: whose outputs to meet: those of the dense block on the compressed model's own inputs, or the dense
+            model's.
     """
 
     weights: QuantGrid
@@ -55,6 +58,7 @@ class OmniQuant(Method):
     scale_rate: float = 5e-3
     clip_rate: float = 1e-2
     clip_start: float | None = None
+    target: Literal["compressed", "dense"] = "compressed"
 
     stage = "quantize"
 
@@ -70,8 +74,8 @@ class OmniQuant(Method):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """The inputs' largest values, for the scales to start from."""
-        return SmoothQuant.needs | self._rounding.needs
+        """The inputs' largest values, for the scales to start from; the dense model's rows, if they are aimed at."""
+        return SmoothQuant.needs | self._rounding.needs | ({"cross"} if self.target == "dense" else frozenset())
 
     def misfit(self, columns: int) -> str:
         return self._rounding.misfit(columns)

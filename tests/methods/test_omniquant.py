@@ -16,6 +16,7 @@ from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.stats import InputStats
 from llmcompress.core.straight_through import round_through
 from llmcompress.errors import UserError
+from llmcompress.export.quantized import unpack
 from llmcompress.methods.omniquant import LearnedQuant, OmniQuant
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
@@ -115,8 +116,6 @@ class OutputError(nn.Module):
             codes, scale = block.tensors[f"{name}.weight_packed"], block.tensors[f"{name}.weight_scale"]
             assert codes.dtype == torch.int32 and scale.dim() == 2
             linear.register_forward_pre_hook(lambda m, a: (activations.round_activations(a[0]),))
-        from llmcompress.export.quantized import unpack
-
         for name, scheme in block.schemes.items():
             parts = {k.removeprefix(name + "."): v for k, v in block.tensors.items() if k.startswith(name + ".")}
             self.compressed.get_submodule(name).weight.copy_(unpack(parts, scheme).dequantize())
@@ -167,12 +166,19 @@ def test_learning_leaves_the_waiting_block_as_it_was(tmp_path: Path) -> None:
             assert torch.equal(value, source.read([name])[name])
 
 
-def test_methods_that_see_groups_alone_are_bound_to_blocks_as_they_are(tmp_path: Path) -> None:
-    for name in Recipe.names():
-        for method in Recipe.load(name).methods:
-            assert isinstance(method, OmniQuant) or type(method).for_block is not Method.for_block or (
-                method.for_block(None) is method
-            )  # fmt: skip
+@torch.no_grad()
+def test_aiming_at_the_dense_model_brings_the_last_block_closer_to_it(tmp_path: Path) -> None:
+    """Its aim is what the dense model's block returns there: the start's error is the whole distance from it."""
+    path = tiny_folder(tmp_path)
+    near, far = (walk(path, OmniQuant(W4, target=t))[1] for t in ("compressed", "dense"))
+    assert figures(far)["block_error_start"] > figures(near)["block_error_start"]
+    assert figures(far)["block_error_learned"] <= figures(far)["block_error_start"]
+
+
+@pytest.mark.parametrize("recipe", ["rtn-w8a8", "smoothquant-w8a8", "gptq-w4a16", "wanda-50", "jsq", "awq-w4a16"])
+def test_methods_that_see_groups_alone_are_the_same_for_every_block(recipe: str) -> None:
+    for method in Recipe.load(recipe).methods:
+        assert method.for_block(None) is method
 
 
 @pytest.mark.parametrize("grid", ["int4", "int4-g8", "int3-g4-asym", "int8-tensor", "int6-tensor-asym"])
