@@ -174,6 +174,8 @@ def test_later_stages_work_on_the_smaller_model(tmp_path: Path) -> None:
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense-smaller"))
     logits(plain)
     assert float((logits(plain) - expected).norm() / expected.norm()) < 0.1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"`dense` with {report.structure['achieved']:.1%} of its blocks' weights removed" in card
     saved = json.loads((tmp_path / "out" / "llmcompress.json").read_text())
     assert saved["structure"] == report.structure and saved["pattern"] == "dense"
 

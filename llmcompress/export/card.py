@@ -59,7 +59,13 @@ def _summary(report: Report, name: str) -> str:
     if bits is None or zeros is None:
         return f"`{name}` with no matrix changed."
     matrices = len(report.matrices)
-    return f"`{name}` with {matrices} matrices at {bits:.2f} stored bits per weight, {zeros:.1%} of their weights zero."
+    text = f"{matrices} matrices at {bits:.2f} stored bits per weight, {zeros:.1%} of their weights zero."
+    if not report.structure:
+        return f"`{name}` with {text}"
+    kept = ", ".join(f"{n} of {total} {kind}" for kind, (n, total) in report.structure["kept per block"].items())
+    trained = f" It was then trained for {report.recovery['steps']} steps." if report.recovery else ""
+    removed = f"{report.structure['achieved']:.1%} of its blocks' weights removed"
+    return f"`{name}` with {removed} and {text} Every block keeps {kept}.{trained}"
 
 
 def _figures(report: Report) -> str:
