@@ -1,6 +1,6 @@
 """How close second-order compression comes to what its arithmetic must cost on this machine.
 
-    python scripts/bench_limit.py [--threads N] [--rounds N] [--tokens N] [--shape ROWSxCOLUMNS …]
+    python scripts/bench_limit.py [--threads N] [--rounds N] [--tokens N] [--shape ROWSxCOLUMNS …] [--block PRESET …]
 
 Per matrix shape it counts the floating-point operations of the four phases,
 
@@ -10,26 +10,37 @@ Per matrix shape it counts the floating-point operations of the four phases,
     sweep     rows · columns²            (the left-looking products)
 
 measures the rate of the primitive behind each on tensors of that shape, and takes the time of the project's own code
-beside the time the primitive alone needs. Tensors are random. Writes scripts/results/limit.json."""
+beside the time the primitive alone needs. Then it prunes a whole random checkpoint by SparseGPT 2:4, as a user would,
+and sets the seconds of its blocks beside the sum of the primitives that they cannot do without: one product per
+matrix and token (attention is not counted; the last matrix of the last block has nobody to multiply for), one Gram
+matrix and one Cholesky factorisation per input group, one sweep per matrix.
+
+Tensors are random. Writes scripts/results/limit.json."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from random_checkpoint import PRESETS, Shape, write_checkpoint
+from safetensors.torch import save_file
 from scipy.linalg.blas import ssyrk
 from torch import Tensor
 
+from llmcompress import api
 from llmcompress.core.grid import QuantGrid
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import add_gram, mirror
-from llmcompress.core.sweep import Factor, factorise, sweep
-from llmcompress.core.targets import BLOCK, Mask, Round
+from llmcompress.core.sweep import BLOCK, Factor, factorise, sweep
+from llmcompress.core.targets import Mask, Round
 
+BLOCKS = ("tinyllama-block", "llama-7b-block")
+RECIPE = "sparsegpt-2of4"
 SHAPES = ("2048x2048", "5632x2048", "4096x4096", "4096x11008")
 RESULTS = Path(__file__).parent / "results" / "limit.json"
 #: what the sweep is timed with
@@ -87,27 +98,40 @@ def bytes_moved(rows: int, columns: int, tokens: int) -> dict[str, float]:
     }
 
 
+class Problem:
+    """One random matrix (rows, columns) and the inputs it reads."""
+
+    def __init__(self, rows: int, columns: int, tokens: int) -> None:
+        self.W, self.weight = torch.randn(rows, columns), torch.randn(rows, columns).bfloat16()
+        self.inputs = torch.randn(tokens, columns).bfloat16()
+        self.total = torch.zeros(columns, columns)
+        add_gram(self.total, self.inputs.float())
+        self.H = mirror(self.total / tokens)
+        self.factor = factorise(self.H)
+
+    def primitives(self) -> dict[str, Callable[[], object]]:
+        """What each phase cannot do without."""
+        x, E = self.inputs.float(), torch.randn(self.W.T.shape)
+        damped = self.H + self.factor.ridge * torch.eye(len(self.H))
+        return {
+            "forward": lambda: torch.mm(self.inputs, self.weight.T),
+            "gram": lambda: ssyrk(1.0, x.numpy().T, beta=1.0, c=self.total.numpy().T, overwrite_c=1, lower=1),
+            "cholesky": lambda: torch.linalg.cholesky_ex(damped),
+            "sweep": lambda: left_looking_products(self.factor, E),
+        }
+
+    def phases(self) -> dict[str, Callable[[], object]]:
+        """The project's own code."""
+        return {
+            "gram": lambda: add_gram(self.total, self.inputs.float()),
+            "cholesky": lambda: factorise(self.H),
+        } | {name: lambda target=target: run_sweep(self.W, self.factor, *target) for name, target in TARGETS.items()}
+
+
 def measure(rows: int, columns: int, tokens: int, rounds: int) -> dict[str, object]:
     """Seconds of the primitives and of the project's phases for one shape."""
-    x = torch.randn(tokens, columns)
-    W, weight = torch.randn(rows, columns), torch.randn(rows, columns).bfloat16()
-    total, E = torch.zeros(columns, columns), torch.randn(columns, rows)
-    add_gram(total, x)
-    H = mirror(total / tokens)
-    factor = factorise(H)
-    inputs = x.bfloat16()
-    damped = H + factor.ridge * torch.eye(columns)
-    primitives: dict[str, Callable[[], object]] = {
-        "forward": lambda: torch.mm(inputs, weight.T),
-        "gram": lambda: ssyrk(1.0, x.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1, lower=1),
-        "cholesky": lambda: torch.linalg.cholesky_ex(damped),
-        "sweep": lambda: left_looking_products(factor, E),
-    }
-    ours: dict[str, Callable[[], object]] = {
-        "gram": lambda: add_gram(total, inputs.float()),
-        "cholesky": lambda: factorise(H),
-    }
-    ours |= {name: lambda target=target: run_sweep(W, factor, *target) for name, target in TARGETS.items()}
+    problem = Problem(rows, columns, tokens)
+    primitives, ours = problem.primitives(), problem.phases()
     seconds = best_seconds({f"limit {k}": job for k, job in primitives.items()} | ours, rounds)
     limit = {k: seconds.pop(f"limit {k}") for k in primitives}
     flops = operations(rows, columns, tokens)
@@ -126,6 +150,48 @@ def measure(rows: int, columns: int, tokens: int, rounds: int) -> dict[str, obje
     }
 
 
+def measure_block(preset: str, samples: int, length: int, rounds: int) -> dict[str, object]:
+    """Seconds of a checkpoint's blocks beside those of their primitives."""
+    shape = PRESETS[preset]
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder) / "model", shape)
+        rows = torch.randint(shape.vocab, (samples, length), generator=torch.Generator().manual_seed(1))
+        save_file({"input_ids": rows}, Path(folder) / "rows.safetensors")
+        options = api.Options(
+            str(Path(folder) / "rows.safetensors"), samples, length, evaluate=False, dtype=shape.dtype
+        )
+        report = api.compress(Path(folder) / "model", RECIPE, Path(folder) / "out", options)
+    limit = block_limit(shape, samples * length, rounds)
+    seconds = sum(block.seconds for block in report.blocks)
+    return {
+        "preset": preset,
+        "recipe": RECIPE,
+        "blocks": shape.blocks,
+        "tokens": samples * length,
+        "seconds": seconds,
+        "seconds_of_the_run": report.seconds,
+        "seconds_by_phase": report.seconds_by_phase,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "limit_seconds": limit,
+        "ratio": seconds / sum(limit.values()),
+    }
+
+
+def block_limit(shape: Shape, tokens: int, rounds: int) -> dict[str, float]:
+    """Seconds that the primitives of all blocks take, by phase."""
+    h, m, kv = shape.hidden, shape.intermediate, shape.hidden * shape.kv_heads // shape.heads
+    groups = [(h, [h, kv, kv]), (h, [h]), (h, [m, m]), (m, [h])]  # columns, rows of the matrices that read them
+    total = dict.fromkeys(("forward", "gram", "cholesky", "sweep"), 0.0)
+    for columns, readers in groups:
+        best = {rows: best_seconds(Problem(rows, columns, tokens).primitives(), rounds) for rows in set(readers)}
+        for phase in ("gram", "cholesky"):
+            total[phase] += shape.blocks * min(seconds[phase] for seconds in best.values())
+        for rows in readers:
+            total["sweep"] += shape.blocks * best[rows]["sweep"]
+            total["forward"] += (shape.blocks - (columns == m)) * best[rows]["forward"]
+    return total
+
+
 def show(result: dict[str, object]) -> None:
     rows, columns = result["shape"]
     print(f"\n{rows} x {columns}")
@@ -138,22 +204,37 @@ def show(result: dict[str, object]) -> None:
         print(f"  {name:<22} {result['seconds'][name] * 1e3:9.1f} ms   {ratio:5.2f} x the limit of its {of}")
 
 
+def show_block(result: dict[str, object]) -> None:
+    limit = result["limit_seconds"]
+    print(f"\n{result['preset']}: {result['blocks']} blocks, {result['tokens']} tokens, {result['recipe']}")
+    print("  limit " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in limit.items()))
+    print(
+        f"  blocks {result['seconds']:.2f} s, {result['ratio']:.2f} x the limit of {sum(limit.values()):.2f} s; ",
+        end="",
+    )
+    print(f"whole run {result['seconds_of_the_run']:.2f} s, {result['peak_memory_bytes'] / 2**20:.0f} MiB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--shape", nargs="+", default=list(SHAPES), help="ROWSxCOLUMNS")
+    parser.add_argument("--shape", nargs="*", default=list(SHAPES), help="ROWSxCOLUMNS")
+    parser.add_argument("--block", nargs="*", default=list(BLOCKS), help=f"of {', '.join(PRESETS)}")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    results = []
+    shapes, blocks = [], []
+    for preset in options.block:
+        blocks.append(measure_block(preset, options.tokens // 512, 512, options.rounds))
+        show_block(blocks[-1])
     for shape in options.shape:
         rows, columns = map(int, shape.split("x"))
-        results.append(measure(rows, columns, options.tokens, options.rounds))
-        show(results[-1])
+        shapes.append(measure(rows, columns, options.tokens, options.rounds))
+        show(shapes[-1])
     RESULTS.parent.mkdir(exist_ok=True)
-    summary = {"threads": options.threads, "tokens": options.tokens, "torch": torch.__version__, "shapes": results}
-    RESULTS.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    versions = {"threads": options.threads, "tokens": options.tokens, "torch": torch.__version__}
+    RESULTS.write_text(json.dumps(versions | {"shapes": shapes, "blocks": blocks}, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten to {RESULTS}")
 
 

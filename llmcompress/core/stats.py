@@ -68,6 +68,9 @@ class InputStats:
             self.rows.append(x)
         if x.shape[0] == 0 or not self.sums:
             return
+        if self.sums.keys() == {"squares"} and self.clip == math.inf and x.device.type == "cpu":
+            add_squares(self.sums["squares"], x)
+            return
         for part, same in zip(pieces(x), pieces(x if dense is None else dense), strict=True):
             self._add(part, same)
 
@@ -87,7 +90,7 @@ class InputStats:
                 total += x32.abs().sum(0)
             elif kind == "squares":
                 if x32.device.type == "cpu":
-                    add_squares(total, x32.contiguous())
+                    add_squares(total, x32)
                 else:
                     total += torch.linalg.vector_norm(x32, dim=0).square_()
             elif kind == "gram":

@@ -30,7 +30,7 @@ from llmcompress.errors import UserError
 
 #: multiples of the mean diagonal beyond which more damping would leave nothing of H
 MOST_DAMPING = 1e4
-#: columns per matrix product
+#: columns whose carried errors one matrix product gives
 BLOCK = 512
 
 

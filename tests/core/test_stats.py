@@ -120,3 +120,14 @@ def test_no_rows_leave_zero_statistics() -> None:
 def test_unknown_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown"):
         InputStats(4, {"median"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kinds", [{"squares"}, {"squares", "gram"}])
+def test_squares_are_those_of_float64(dtype: torch.dtype, kinds: set[str]) -> None:
+    x = (torch.randn(3000, 700, generator=torch.Generator().manual_seed(0)) * 10).to(dtype)
+    stats = InputStats(700, kinds)
+    stats.update(x[:1700])
+    stats.update(x[1700:].T.contiguous().T)  # not contiguous
+    expected = x.double().square().mean(0).sqrt()
+    torch.testing.assert_close(stats.rms.double(), expected, rtol=2e-5, atol=0)

@@ -21,12 +21,16 @@ SMALL = 32
 @njit(nogil=True, cache=True)
 def _keep_small(begin, end, score, drop, keep):
     size = score.shape[1]
+    below = np.empty(size, np.int64)
     for part in range(begin, end):
         for c in range(size):
-            below = 0
-            for d in range(size):
-                below += (score[part, d] < score[part, c]) | ((score[part, d] == score[part, c]) & (d < c))
-            keep[part, c] = below >= drop
+            below[c] = 0
+            for d in range(c):
+                later_wins = score[part, d] <= score[part, c]
+                below[c] += later_wins
+                below[d] += not later_wins
+        for c in range(size):
+            keep[part, c] = below[c] >= drop
 
 
 @njit(nogil=True, cache=True)
