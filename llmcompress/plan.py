@@ -129,6 +129,9 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int
             if misfit := method.misfit(view.shape[1]):
                 last = view.name.rpartition(".")[2]
                 raise UserError(misfit, view.name, f"""or leave it dense: --set 'targets.exclude=["*.{last}"]'""")
+    for method in recipe.methods:
+        if misfit := method.misfit_blocks(len(model.blocks)):
+            raise UserError(misfit, f"recipe {recipe.name}: {method.stage}", "give one value per block")
     scheme = _scheme(recipe)
     linears = [view.module for view in views if not unsupported(type(view.module))]
     if scheme and linears and storage_format(scheme) == PACK_QUANTIZED and _misses_packed(model.model, linears[0]):

@@ -23,7 +23,7 @@ class Rehearsal:
     """Tries of one block, whose weights are loaded.
 
     Args:
-        name: of the block.
+        index, name: of the block.
         module: the block.
         groups: its input groups, in calling order; convolutions with several groups stay out.
         targets: whether the matrix of this name is to be compressed.
@@ -35,6 +35,7 @@ class Rehearsal:
 
     def __init__(
         self,
+        index: int,
         name: str,
         module: nn.Module,
         groups: list[InputGroup],
@@ -44,7 +45,7 @@ class Rehearsal:
         scale_dtype: torch.dtype,
         note: Callable[[str], None],
     ) -> None:
-        self.batches, self.scale_dtype = len(forwards), scale_dtype
+        self.index, self.batches, self.scale_dtype = index, len(forwards), scale_dtype
         self._name, self._block, self._forwards, self._dense = name, _Ungated(module), forwards, dense
         self._found, self._targets, self._note = groups, targets, note
         self._views: dict[str, MatrixView] = {}

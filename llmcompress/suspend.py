@@ -13,6 +13,7 @@ from typing import Any
 
 from greenlet import greenlet
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from llmcompress.errors import UserError
 
@@ -44,6 +45,13 @@ class AtMatrix:
 
 
 Place = AtBlock | AtMatrix
+
+
+@dataclass(frozen=True)
+class Returned:
+    """What a block that is not run again returns to the model's loop."""
+
+    value: Any
 
 
 class SuspendedForward:
@@ -87,10 +95,14 @@ class SuspendedForward:
         if not self.done:
             self._greenlet.throw()
 
-    def resume(self) -> Place | None:
-        """Runs to the next place and returns it; None when the forward has ended. Exceptions come through."""
+    def resume(self, answer: Returned | None = None) -> Place | None:
+        """Runs to the next place and returns it; None when the forward has ended. Exceptions come through.
+
+        Args:
+            answer: in place of the block that the forward waits at, which is not run.
+        """
         self.place = None
-        outcome = self._greenlet.switch()
+        outcome = self._greenlet.switch() if answer is None else self._greenlet.switch(answer)
         if self.done:
             self.result = outcome
         else:
@@ -98,9 +110,47 @@ class SuspendedForward:
         return self.place
 
 
-def suspend(place: Place) -> None:
-    """Called inside a `SuspendedForward`: waits here until it is resumed."""
-    greenlet.getcurrent().parent.switch(place)
+    def skip(self, blocks: int, value: Any) -> None:
+        """From the first block on past some that need not run again, the last of which returns ``value``."""
+        for _ in range(blocks):
+            self.resume(Returned(tree_map(_copy, value)))  # the next block may write into it
+
+
+class Returns:
+    """Remembers what blocks return to each forward, from when it is opened on.
+
+    Args:
+        blocks: their calls are watched.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = blocks
+        self._found: dict[greenlet, Any] = {}
+
+    def __enter__(self) -> Returns:
+        self._hooks = [block.register_forward_hook(self._remember) for block in self._blocks]
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._found.clear()
+
+    def take(self, forwards: Sequence[SuspendedForward]) -> list[Any]:
+        """Copies of what the block each forward left last returned to it. They are held here no longer."""
+        return [self._found.pop(forward._greenlet) for forward in forwards]
+
+    def _remember(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._found[greenlet.getcurrent()] = tree_map(_copy, output)  # the next block may write into it
+
+
+def _copy(part: Any) -> Any:
+    return part.clone() if isinstance(part, Tensor) else part
+
+
+def suspend(place: Place) -> object:
+    """Called inside a `SuspendedForward`: waits here until it is resumed; returns what it is resumed with."""
+    return greenlet.getcurrent().parent.switch(place)
 
 
 @contextmanager
@@ -109,8 +159,8 @@ def gates(blocks: list[nn.Module]) -> Iterator[None]:
 
     def gate(index: int, block: nn.Module) -> Callable[..., Any]:
         def wait_then_run(*args: Any, **kwargs: Any) -> Any:
-            suspend(AtBlock(index, args, kwargs))
-            return type(block).forward(block, *args, **kwargs)
+            answer = suspend(AtBlock(index, args, kwargs))
+            return answer.value if isinstance(answer, Returned) else type(block).forward(block, *args, **kwargs)
 
         return wait_then_run
 

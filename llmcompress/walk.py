@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,12 +64,16 @@ class Lane:
         model: its blocks are loaded one at a time.
         tokens: (N, T) int64.
         batch: rows per micro-batch; None for full speed.
+
+    Attributes:
+        everyone: the probe and the micro-batches.
     """
 
     def __init__(self, model: BlockwiseModel, tokens: Tensor, batch: int | None = None) -> None:
         self.model = model
         batches = micro_batches(tokens) if batch is None else tokens.split(batch)
-        self.probe, *self.forwards = model.start_forwards([tokens[:1, :PROBE_TOKENS], *batches])
+        self.everyone = model.start_forwards([tokens[:1, :PROBE_TOKENS], *batches])
+        self.probe, *self.forwards = self.everyone
 
     def through(self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False) -> BlockPass:
         """The way through a loaded block, with a stop at each of the groups, which may be another model's.
@@ -101,6 +105,7 @@ class Walk:
 
     Attributes:
         warnings: what was skipped or degraded so far.
+        lanes: the calibration rows on their way, those of the model first; the dense twin's second, if there is one.
     """
 
     def __init__(
@@ -124,17 +129,25 @@ class Walk:
         self._smooths = any(method.stage == "smooth" for method in recipe.methods)
         self._batch = min((method.batch for method in recipe.methods if method.batch), default=None)
         self._methods = recipe.methods  # as they are bound to the present block
+        self.lanes: list[Lane] = []
 
     @torch.no_grad()
-    def run(self) -> Iterator[CompressedBlock]:
-        """Yields each block when it is finished; its memory is freed when the next one is asked for."""
+    def run(self, start: int = 0, returned: Sequence[object] = ()) -> Iterator[CompressedBlock]:
+        """Yields each block when it is finished; its memory is freed when the next one is asked for.
+
+        Args:
+            start: number of the first block; there is but one lane if it is not the first.
+            returned: what the block before ``start`` returned to each forward of the lane.
+        """
         models = [self.model, *([self.model.twin()] if "cross" in self._needs else [])]
         with gates([block.module for model in models for block in model.blocks]):
             with self.phases("forward"):
-                lanes = [Lane(model, self.tokens, self._batch) for model in models]
+                lanes = self.lanes = [Lane(model, self.tokens, self._batch) for model in models]
                 for model in models:
                     model.release_embeddings()
-            for index, block in enumerate(self.model.blocks):
+                for forward, value in zip(lanes[0].everyone if start else (), returned, strict=True):
+                    forward.skip(start, value)
+            for index, block in list(enumerate(self.model.blocks))[start:]:
                 started = time.perf_counter()
                 self.progress.begin_block(block.name)
                 with self.phases("load"):
@@ -209,7 +222,7 @@ class Walk:
     def _rehearsal(self, index: int, groups: list[InputGroup], lanes: list[Lane]) -> Rehearsal:
         modules = [lane.model.blocks[index].module for lane in lanes]
         return Rehearsal(
-            self.model.blocks[index].name, modules[0], groups, self.recipe.targets, lanes[0].forwards,
+            index, self.model.blocks[index].name, modules[0], groups, self.recipe.targets, lanes[0].forwards,
             (modules[-1], lanes[-1].forwards), self.model.checkpoint.dtype, self.progress.note,
         )  # fmt: skip
 

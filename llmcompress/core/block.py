@@ -38,10 +38,12 @@ class BlockView(Protocol):
     """A block with the calibration inputs that wait in front of it.
 
     Attributes:
+        index: of the block; the model's first is 0.
         batches: number of micro-batches that wait.
         scale_dtype: dtype in which quantization scales will be stored.
     """
 
+    index: int
     batches: int
     scale_dtype: torch.dtype
 

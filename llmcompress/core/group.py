@@ -34,6 +34,7 @@ class Matrix:
             stage, or what a stage found to be better; None for the weight itself.
         aims_at_dense: ``aim`` already allows for inputs that differ from the dense model's.
         outputs: grid to which its outputs are rounded at run time; None if they stay in floating point.
+        unrounded: (out, in) values before the first rounding, in the present smoothing, where somebody asked for them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Matrix:
     aim: Tensor | None = None
     aims_at_dense: bool = False
     outputs: QuantGrid | None = None
+    unrounded: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -129,6 +131,7 @@ class MatrixGroup:
         for matrix in (*self.matrices, *self.bystanders):
             matrix.weight = matrix.weight * s
             matrix.aim = None if matrix.aim is None else matrix.aim * s
+            matrix.unrounded = None if matrix.unrounded is None else matrix.unrounded * s
         stats.rescale(s)
         self.smoothing = before * s
 
@@ -166,6 +169,10 @@ class Method:
 
     def misnamed(self, names: Sequence[str]) -> str:
         """Why the step cannot be taken with matrices of these ``names``; empty if it can."""
+        return ""
+
+    def misfit_blocks(self, blocks: int) -> str:
+        """Why the step cannot be taken on a model of so many blocks; empty if it can."""
         return ""
 
     def join(self, following: Method) -> Method | None:

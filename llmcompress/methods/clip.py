@@ -3,22 +3,29 @@ extreme values does not decide about all the others. The activations themselves 
 
     X ← clamp(X, −q, q),  q = the quantile of |X| at 1 − c, over all entries of the group's rows
 
-Departure: the paper anneals one c per block on validation perplexity, at some 200 compressions of the whole model.
-Here each group takes the candidate with the least output error on held-back rows, after the steps that follow have
-run on a sample of the rows: ‖X Wᵀ − X̂ Qᵀ‖², exact for the rows and outputs in the sample."""
+The paper anneals one c per block on validation perplexity, at some 200 compressions of the whole model; that is
+``search: annealing``, which the run does before its walk (see `llmcompress.annealing`).
+
+Departure, and default: each group takes the candidate with the least output error on held-back rows, after the steps
+that follow have run on a sample of the rows: ‖X Wᵀ − X̂ Qᵀ‖², exact for the rows and outputs in the sample."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from llmcompress.core.block import BlockView
 from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.stats import InputStats
 from llmcompress.core.trial import Trials, gather
 from llmcompress.errors import UserError
+
+#: what only `annealing` reads
+_OF_ANNEALING = ("moves", "temperature_start", "temperature_end", "validation")
 
 
 @dataclass(frozen=True)
@@ -27,20 +34,60 @@ class Clip(Method):
 
     Attributes:
         candidates: clip ratios c in [0, 1): the share of entries that is clamped. 0 clamps none.
+        search: ``closed-form`` chooses per group by its own output error; ``annealing`` chooses per block by perplexity.
+        ratios: one per block, the first block's first: taken as they are. Annealing starts from them; without them, from
+            the middle one of the candidates everywhere.
+        moves: of annealing at each temperature; each compresses the model anew from the block it changes.
+        temperature_start, temperature_end: T is divided by 2, 3, 4 … from the one, while it is not below the other.
+        validation: share of the calibration rows on which annealing judges, and on which it does not calibrate.
     """
 
     candidates: tuple[float, ...] = (0, 4e-5, 5e-5, 6e-5, 7e-5)
+    search: Literal["closed-form", "annealing"] = "closed-form"
+    ratios: tuple[float, ...] = ()
+    moves: int = 50
+    temperature_start: float = 300.0
+    temperature_end: float = 10.0
+    validation: float = 0.25
 
     stage = "clip"
     needs = frozenset({"rows"})
 
     def __post_init__(self) -> None:
-        if not self.candidates or any(not 0 <= c < 1 for c in self.candidates):
-            raise UserError(
-                f"candidates {list(self.candidates)} are not clip ratios",
-                "clip.candidates",
-                "list one or more numbers in [0, 1), e.g. [0, 4e-5]",
-            )
+        for key, ratios in (("candidates", self.candidates), ("ratios", self.ratios or (0,))):
+            if not ratios or any(not 0 <= c < 1 for c in ratios):
+                raise UserError(
+                    f"{key} {list(ratios)} are not clip ratios",
+                    f"clip.{key}",
+                    "list one or more numbers in [0, 1), e.g. [0, 4e-5]",
+                )
+        if self.search == "annealing":
+            self._check_annealing()
+            return
+        for key in _OF_ANNEALING:
+            if getattr(self, key) != getattr(Clip, key):
+                raise UserError("only annealing reads it", f"clip.{key}", "add search: annealing, or leave it out")
+
+    def _check_annealing(self) -> None:
+        if len(set(self.candidates)) < 2:
+            raise UserError("annealing chooses between candidates", "clip.candidates", "list at least two")
+        if self.moves < 1:
+            raise UserError(f"{self.moves} moves", "clip.moves", "use 1 or more")
+        if not 0 < self.temperature_end <= self.temperature_start < math.inf:
+            raise UserError(f"from {self.temperature_start:g} to {self.temperature_end:g}", "clip.temperature_start",
+                            "temperatures are positive and fall, e.g. from 300 to 10")  # fmt: skip
+        if not 0 < self.validation < 1:
+            raise UserError(f"{self.validation:g} is no share of the rows", "clip.validation", "use e.g. 0.25")
+
+    def misfit_blocks(self, blocks: int) -> str:
+        if self.ratios and len(self.ratios) != blocks:
+            return f"{len(self.ratios)} clip ratios for {blocks} blocks"
+        return ""
+
+    def for_block(self, view: BlockView) -> Clip:
+        if self.search == "annealing":
+            raise UserError("annealing comes before the walk", "clip.search", "compress with `llmcompress.compress`")
+        return replace(self, candidates=(self.ratios[view.index],), ratios=()) if self.ratios else self
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         needs = stats.needs.union(*(m.needs for m in rest))

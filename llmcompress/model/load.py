@@ -7,7 +7,7 @@ under other names load too."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,27 @@ class BlockwiseModel:
         block = self.blocks[index]
         self._load({f"{block.name}.{name}" for name, _ in block.module.named_parameters()})
         return block
+
+    def fill_block(self, index: int, tensors: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> None:
+        """Materialises one block as a checkpoint that holds these tensors would be read.
+
+        Args:
+            tensors: all of the block's, by name on disk.
+            schemes: of its quantized matrices, by module name; they are noted as this model's.
+        """
+        block = self.blocks[index]
+        self.schemes |= schemes
+        for name, _ in list(block.module.named_parameters()):
+            module, _, attribute = f"{block.name}.{name}".rpartition(".")
+            source = self.source_names.get(f"{module}.{attribute}")
+            if module in schemes and attribute == "weight":
+                stem = self.disk_name(f"{module}.weight").removesuffix("weight")
+                value = self._unpack(module, {s[len(stem) :]: t for s, t in tensors.items() if s.startswith(stem)})
+            elif source:
+                value = self._in_working_dtype(tensors[source[0]])
+            else:  # tied to another one
+                continue
+            self._put(module, attribute, value)
 
     def release_block(self, index: int) -> None:
         """Frees one block's weights."""
@@ -190,19 +211,27 @@ class BlockwiseModel:
                 value = self._read_one(name)
             else:  # tied to another one
                 continue
-            owner = self.model.get_submodule(module_name)
-            setattr(owner, attribute, nn.Parameter(value.to(self.device), requires_grad=False))
+            self._put(module_name, attribute, value)
+
+    def _put(self, module: str, attribute: str, value: Tensor) -> None:
+        owner = self.model.get_submodule(module)
+        setattr(owner, attribute, nn.Parameter(value.to(self.device), requires_grad=False))
 
     def _read_one(self, name: str) -> Tensor:
         source = self.source_names[name][0]
         value = self.checkpoint.read([source])[source]
         require_finite(name, value)
+        return self._in_working_dtype(value)
+
+    def _in_working_dtype(self, value: Tensor) -> Tensor:
         return value.to(self.dtype) if value.is_floating_point() else value
 
     def _read_quantized(self, module: str) -> Tensor:
         parts = {t.removeprefix(module + "."): s[0] for t, s in self.source_names.items() if _is_part(t, module)}
         read = self.checkpoint.read(parts.values())
-        tensors = {suffix: read[source] for suffix, source in parts.items()}
+        return self._unpack(module, {suffix: read[source] for suffix, source in parts.items()})
+
+    def _unpack(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         levels = unpack_activations(tensors)
         if levels is not None:
             self.input_levels[module] = levels
