@@ -1,7 +1,7 @@
 """From a method's decisions to the network and to disk: values into modules, scales into norms, codes into tensors.
 
 Everything is rounded to what will be stored before it is used, so that the tokens that go on, and whatever is measured
-later, see the model that others will load."""
+later, see the model that others will load. Where a recipe propagates what is not rounded yet, modules hold that."""
 
 from __future__ import annotations
 
@@ -130,7 +130,10 @@ class Outcome:
             stored = matrix.weight.to(self.dtype)
             self._keep_dense(view, stored)
         if self.in_place:
-            self._put(view, stored)
+            if matrix.unrounded is not None:
+                view.write(matrix.unrounded)
+            else:
+                self._put(view, stored)
 
     def _warn(self, warning: str) -> None:
         if warning not in self.warnings:  # once for all parts of a module

@@ -26,7 +26,8 @@ from llmcompress.methods import DEFAULT_METHOD, METHODS
 from llmcompress.resources import configs_dir
 
 _TOP_KEYS = ("description", "stages", "targets", "propagate")
-_PROPAGATE = ("compressed", "block", "dense")
+_PROPAGATE = ("compressed", "pruned", "block", "dense")
+_IN_STEP = ("compressed", "pruned")  # modes in which tokens pass each matrix once, behind its predecessors
 _NO_RECIPES = {"models"}  # other tables that live beside the recipes
 
 
@@ -57,8 +58,8 @@ class Recipe:
         include, exclude: shell patterns over matrix names (``*.down_proj``); a matrix is compressed if one of
             ``include`` and none of ``exclude`` matches.
         propagate: what the tokens go on through once a matrix is done: its ``compressed`` form, so that everything is
-            calibrated on what its predecessors produce; the dense ``block``, after which they run through the
-            compressed one, as the papers' code does; or the ``dense`` model.
+            calibrated on what its predecessors produce; its ``pruned`` and smoothed form, not rounded yet; the dense
+            ``block``, after which they run through the compressed one, as the papers' code does; or the ``dense`` model.
         description: one line.
     """
 
@@ -119,8 +120,8 @@ class Recipe:
         built = tuple(_build_stage(kind, options, where) for kind, options in stages)
         if any(isinstance(stage.method, StructuredMethod) for stage in built[1:]):
             raise UserError("a step that makes matrices smaller comes first, and once", where, "move it to the front")
-        if run["propagate"] != "compressed" and any("cross" in stage.method.needs for stage in built):
-            raise UserError("target: dense needs propagate: compressed", where, "change one of them")
+        if run["propagate"] not in _IN_STEP and any("cross" in stage.method.needs for stage in built):
+            raise UserError("target: dense needs propagate: compressed or pruned", where, "change one of them")
         return Recipe(
             name,
             built,

@@ -24,6 +24,7 @@ from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
 from llmcompress.measure import Phases, release_freed_memory
+from llmcompress.methods.unrounded import keeping_unrounded
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.progress import Progress
@@ -167,10 +168,12 @@ class Walk:
     def _compress(self, index: int, found: BlockMap, lanes: list[Lane]) -> CompressedBlock:
         """One block: serves its input groups as the tokens reach them."""
         groups = [g for g in found.groups if any(self.recipe.targets(m.name) for m in g.matrices)]
-        outcome = Outcome(self.model, in_place=self.recipe.propagate == "compressed")
+        outcome = Outcome(self.model, in_place=self.recipe.propagate in ("compressed", "pruned"))
         finished = CompressedBlock(BlockReport(self.model.blocks[index].name))
         with self.phases("compress"):
             view = self._rehearsal(index, groups, lanes)
+            if self.recipe.propagate == "pruned":
+                self._methods = keeping_unrounded(self._methods)
             self._methods = tuple(method.for_block(view) for method in self.recipe.methods)
         ahead = self.recipe.propagate == "block"
         passes = [lane.through(index, groups, self.replay, ahead) for lane in lanes]
@@ -214,7 +217,7 @@ class Walk:
         with self.phases("compress"):
             for part in groups[first[0]].parts():
                 work = self._serve(part, [at[1] for at in arrived if at], outcome, report)
-        if self.recipe.propagate != "dense":
+        if self.recipe.propagate not in ("pruned", "dense"):
             self._round_from_now_on(way, first[0], work)
         release_freed_memory()
         return True

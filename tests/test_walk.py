@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from llmcompress.core.grid import QuantGrid
 from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.stats import InputStats
 from llmcompress.model.checkpoint import Checkpoint
@@ -205,6 +206,24 @@ def test_propagation_decides_nothing_about_the_first_group_and_something_about_l
     later = "model.layers.1.self_attn.q_proj.weight"
     assert torch.equal(plain[0].tensors[first], other[0].tensors[first])
     assert not torch.equal(plain[1].tensors[later], other[1].tensors[later])
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_propagating_pruned_outputs_rounds_what_the_recipe_without_rounding_gives(replay: bool, tmp_path: Path) -> None:
+    path = tiny_folder(tmp_path)
+    rounded = walk(path, {**JOINT, "propagate": "pruned"}, replay)
+    unrounded = walk(path, {"stages": JOINT["stages"][:2]})
+    seen = 0
+    for one, two in zip(rounded, unrounded, strict=True):
+        assert one.schemes
+        for name in one.schemes:
+            grid, weight = QuantGrid(), two.tensors[f"{name}.weight"]
+            expected = grid.quantize(weight, grid.fit(weight, torch.float32))
+            assert torch.equal(one.tensors[f"{name}.weight"].int(), expected.int())
+            seen += 1
+        others = [name for name in two.tensors if name.removesuffix(".weight") not in one.schemes]
+        assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in others)
+    assert seen == 14
 
 
 def test_smoothing_is_stored_though_dense_inputs_are_propagated(tmp_path: Path) -> None:
