@@ -88,7 +88,7 @@ def evaluate(
     options = replace(options or Options(), eval_text=None if text is None else str(text), evaluate=True)
     source = Source(reference, options)
     dense = source.open()
-    _, tokens = draw_tokens(source, calibration=False, progress=Progress(silent=True))
+    _, tokens = draw_tokens(source, samples=0, progress=Progress(silent=True))
     assert tokens is not None
     result = Checkpoint(locate(str(model)))
     return compare(dense, source.open(result), tokens)

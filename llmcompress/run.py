@@ -29,7 +29,7 @@ from llmcompress.recover import KINDS, recover
 from llmcompress.report import Report
 from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, removable, restructure
 from llmcompress.sampling import self_samples
-from llmcompress.walk import Walk, warm_up
+from llmcompress.walk import Walk, samples_needed, warm_up
 
 #: sequences of the model's own samples on which the result is judged if no text is given, and their seed's offset
 HELD_OUT_SAMPLES = 16
@@ -104,17 +104,20 @@ class Source:
         return BlockwiseModel(checkpoint or self.checkpoint, self.dtype, self.device, code)
 
 
-def draw_tokens(source: Source, calibration: bool, progress: Progress) -> tuple[Tensor | None, Tensor | None]:
+def draw_tokens(source: Source, samples: int, progress: Progress) -> tuple[Tensor | None, Tensor | None]:
     """(N, T) calibration rows and evaluation rows; None where not wanted.
+
+    Args:
+        samples: how many of the calibration rows will be used; what the model writes itself is no longer than that.
 
     Texts are read first, as they may be too short; what the model has to write itself is written in one go.
     """
     o = source.options
     rows = eval_rows = None
     wanted: list[tuple[int, int, int]] = []
-    if calibration and o.calibration == "self":
-        wanted.append((o.samples, o.length, o.seed))
-    elif calibration:
+    if samples and o.calibration == "self":
+        wanted.append((samples, o.length, o.seed))
+    elif samples:
         rows = _read_rows(source)
     if o.evaluate and o.eval_text is None:
         wanted.append((HELD_OUT_SAMPLES, o.length, o.seed + HELD_OUT_SEED))
@@ -127,7 +130,7 @@ def draw_tokens(source: Source, calibration: bool, progress: Progress) -> tuple[
                 source.folder, wanted,
                 device=source.device, dtype=source.dtype, trust_remote_code=o.trust_remote_code, advance=advance,
             )  # fmt: skip
-        if calibration and rows is None:
+        if samples and rows is None:
             rows = drawn.pop(0)
         if o.evaluate and eval_rows is None:
             eval_rows = drawn.pop(0)
@@ -154,7 +157,10 @@ class Run:
             target, estimate_size(dense, walked) + hidden_bytes(self.recipe, dense, self.options.recover_steps)
         )
         with self.phases("calibration"):
-            tokens, eval_tokens = draw_tokens(source, True, self.progress)
+            samples = self.options.samples
+            if self.recipe.structured is None:
+                samples = samples_needed(walked, samples, self.options.length)
+            tokens, eval_tokens = draw_tokens(source, samples, self.progress)
         with self.phases("kernels"), self.progress.phase("preparing kernels", 1):
             warm_up(walked, min(columns for _, columns in shapes.values()))
         assert tokens is not None

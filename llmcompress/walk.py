@@ -29,7 +29,7 @@ from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
-from llmcompress.rehearsal import Rehearsal
+from llmcompress.rehearsal import Rehearsal, spans
 from llmcompress.report import BlockReport, GroupReport
 from llmcompress.suspend import AtMatrix, BlockPass, Rounding, Stop, gates
 
@@ -125,12 +125,12 @@ class Walk:
         self.progress.total_blocks = len(model.blocks)
         self.warnings: list[str] = []
         self._needs = _needs(recipe)
-        # steps that need no statistics need no more rows than the errors are measured on
-        self.tokens = tokens if self._needs else tokens[: -(-ERROR_ROWS // tokens.shape[1])]
+        self.tokens = tokens[: samples_needed(recipe, *tokens.shape)]
         self._smooths = any(method.stage == "smooth" for method in recipe.methods)
         self._batch = min((method.batch for method in recipe.methods if method.batch), default=None)
         self._methods = recipe.methods  # as they are bound to the present block
         self.lanes: list[Lane] = []
+        self._spans = spans(model, recipe.targets)
 
     @torch.no_grad()
     def run(self, start: int = 0, returned: Sequence[object] = ()) -> Iterator[CompressedBlock]:
@@ -172,9 +172,9 @@ class Walk:
         finished = CompressedBlock(BlockReport(self.model.blocks[index].name))
         with self.phases("compress"):
             view = self._rehearsal(index, groups, lanes)
+            self._methods = tuple(method.for_block(view) for method in self.recipe.methods)
             if self.recipe.propagate == "pruned":
                 self._methods = keeping_unrounded(self._methods)
-            self._methods = tuple(method.for_block(view) for method in self.recipe.methods)
         ahead = self.recipe.propagate == "block"
         passes = [lane.through(index, groups, self.replay, ahead) for lane in lanes]
         arrivals = [way.arrivals() for way in passes]
@@ -225,7 +225,7 @@ class Walk:
     def _rehearsal(self, index: int, groups: list[InputGroup], lanes: list[Lane]) -> Rehearsal:
         modules = [lane.model.blocks[index].module for lane in lanes]
         return Rehearsal(
-            index, self.model.blocks[index].name, modules[0], groups, self.recipe.targets, lanes[0].forwards,
+            index, self.model.blocks[index].name, self._spans[index], modules[0], groups, self.recipe.targets, lanes[0].forwards,
             (modules[-1], lanes[-1].forwards), self.model.checkpoint.dtype, self.progress.note,
         )  # fmt: skip
 
@@ -270,6 +270,12 @@ class Walk:
         for name in [*missed, *found.unreached]:
             if self.recipe.targets(name):
                 self.warnings.append(f"{name}: left dense, no calibration token reached it")
+
+
+def samples_needed(recipe: Recipe, samples: int, length: int) -> int:
+    """How many of ``samples`` rows of ``length`` tokens a recipe uses: steps that need no statistics need no more than
+    the errors are measured on."""
+    return samples if _needs(recipe) else min(samples, -(-ERROR_ROWS // length))
 
 
 def warm_up(recipe: Recipe, width: int) -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmcompress import Recipe, api, compress, load
+from llmcompress import Recipe, api, compress, load, run
 from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import rounded_activations
 from llmcompress.model.checkpoint import Checkpoint
@@ -337,3 +337,20 @@ def test_the_licence_of_the_model_travels(tmp_path: Path) -> None:
     compress(source, "wanda-2of4", tmp_path / "out", options(samples=1))
     assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
+
+
+@pytest.mark.parametrize(("recipe", "rows"), [("rtn-w8a8", 16), ("wanda-50", 40)])
+def test_the_model_writes_no_more_rows_than_the_recipe_reads(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, rows: int
+) -> None:
+    asked: list[int] = []
+    write = run.self_samples
+
+    def count(folder: Path, wanted: list[tuple[int, int, int]], **given: Any) -> list[Tensor]:
+        asked.extend(number for number, _, _ in wanted)
+        return write(folder, wanted, **given)
+
+    monkeypatch.setattr(run, "self_samples", count)
+    report = compress(checkpoint, recipe, tmp_path / "out", options(samples=40))
+    assert asked == [rows]
+    assert report.calibration["samples"] == rows

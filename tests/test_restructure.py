@@ -52,7 +52,7 @@ def test_removing_groups_gives_the_logits_of_zeroing_them(model_type: str, tmp_p
     report = compress(source, recipe(), tmp_path / "out", options())
     model = BlockwiseModel(Checkpoint(source), torch.float32)
     found = couplings(model, lambda name: True)
-    rows = api.draw_tokens(api.Source(source, options()), True, api.Progress(silent=True))[0]
+    rows = api.draw_tokens(api.Source(source, options()), options().samples, api.Progress(silent=True))[0]
     scores = score_groups(model, LLMPruner(0.4), found, rows)
     dense = AutoModelForCausalLM.from_pretrained(source).eval()
     for coupling, score in zip(found, scores, strict=True):
