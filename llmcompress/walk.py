@@ -237,7 +237,7 @@ class Walk:
         rows, dense_rows = ([reader.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
         _require_finite(group.name, rows)
         work = outcome.working_copies(group, [view.name for view in views])
-        stats = InputStats(group.width, self._needs, device=rows[0].device)
+        stats = InputStats(group.width, self._needs, device=rows[0].device, length=self.tokens.shape[1])
         for x, dense in zip(rows, dense_rows, strict=True):
             stats.update(x, dense)
         run_methods(self._methods, work, stats)
@@ -286,7 +286,7 @@ def warm_up(recipe: Recipe, width: int) -> None:
         width: input columns, such as the recipe's patterns and groups divide.
     """
     rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
-    stats = InputStats(width, _needs(recipe))
+    stats = InputStats(width, _needs(recipe), length=16)
     stats.update(rows, rows)
     run_methods(recipe.methods, MatrixGroup([Matrix("warm-up", rows[:16].clone())]), stats)
 

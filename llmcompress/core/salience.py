@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmcompress.core.kernels import range_scan
 from llmcompress.core.stats import InputStats
+from llmcompress.errors import UserError
 
 #: inputs of one chunk of tokens
 _CHUNK_BYTES = 384 << 20
@@ -71,6 +72,45 @@ class CentredRows:
                     filled = 0
 
 
+class RangeScan:
+    """How far the outputs of some matrix rows swing without each of their weights, over the tokens seen so far.
+
+    Scans of different tokens, on other processes for instance, merge: maxima of maxima.
+
+    Args:
+        weight: (out, in) float32, contiguous.
+
+    Attributes:
+        peaks: (2, out) largest Y and largest −Y.
+        best: (2, out, in) how much higher (or lower, negative) the largest is without the weight.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.peaks = torch.full((2, weight.shape[0]), -torch.inf, device=weight.device)
+        self.best = torch.full((2, *weight.shape), -torch.inf, device=weight.device)
+
+    def add(self, x: Tensor, extremes: range_scan.Extremes | None) -> None:
+        """Sees tokens ``x`` (tokens, in) float32; with their column extremes where the compiled kernel is to run."""
+        y = self.weight @ x.T
+        if extremes is None:
+            raise_extremes(y, x, self.weight, self.peaks, self.best)
+        else:
+            range_scan.raise_extremes(y, x, self.weight, extremes, self.peaks, self.best)
+
+    def merge(self, other: RangeScan) -> None:
+        """Sees the tokens of another scan of the same weights, whose rows were centred alike."""
+        peaks = torch.maximum(self.peaks, other.peaks)
+        ours, theirs = ((peaks - scan.peaks)[..., None] for scan in (self, other))
+        self.best = torch.maximum(self.best - ours, other.best - theirs)
+        self.peaks = peaks
+
+    @property
+    def excess(self) -> Tensor:
+        """(out, in) SS[r, i] − range(Y_r)."""
+        return self.best[0] + self.best[1]
+
+
 def range_excess(weight: Tensor, rows: CentredRows) -> Tensor:
     """SS[r, i] − range(Y_r): by how much removing a weight widens (or, negative, narrows) its output's range.
 
@@ -86,16 +126,29 @@ def range_excess(weight: Tensor, rows: CentredRows) -> Tensor:
         return excess
     step = min(_BLOCK_ROWS, max(_OUTPUT_BYTES // (4 * rows.chunk_tokens), 16))
     for start in range(0, weight.shape[0], step):
-        w = weight[start : start + step].float().contiguous()
-        peaks = torch.full((2, w.shape[0]), -torch.inf, device=w.device)
-        best = torch.full((2, *w.shape), -torch.inf, device=w.device)
+        scan = RangeScan(weight[start : start + step].float().contiguous())
         for x, extremes in rows:
-            if extremes is None:
-                raise_extremes(w @ x.T, x, w, peaks, best)
-            else:
-                range_scan.raise_extremes(w @ x.T, x, w, extremes, peaks, best)
-        torch.add(best[0], best[1], out=excess[start : start + step])
+            scan.add(x, extremes)
+        excess[start : start + step] = scan.excess
     return excess
+
+
+def averaged_samples(stats: InputStats) -> InputStats:
+    """Statistics whose rows are the mean over the samples, token by token, as the released code of JSQ takes them
+    before it looks for the range: for comparison alone, as N samples have about a √N-th of the range then.
+
+    Raises:
+        UserError: the rows are not whole samples (an expert saw some tokens only).
+    """
+    length = stats.length
+    if not length or any(x.shape[0] % length for x in stats.rows):
+        raise UserError("its rows are not whole samples, which cannot be averaged", fix="set average_samples: false")
+    total = torch.zeros(length, stats.width, device=stats.rows[0].device if stats.rows else None)
+    for x in stats.iter_rows():
+        total += x.view(-1, length, stats.width).sum(0)
+    averaged = InputStats(stats.width, {"rows"}, total.device)
+    averaged.update(total / max(stats.count // length, 1))
+    return averaged
 
 
 def raise_extremes(y: Tensor, x: Tensor, weight: Tensor, peaks: Tensor, best: Tensor) -> None:

@@ -28,6 +28,7 @@ class InputStats:
 
     Attributes:
         count: rows seen.
+        length: tokens per sample, if the rows are whole samples in order; 0 if that is not known.
         clip: rows were clamped to [-clip, clip] before they were counted; infinity if not.
         scale: (in,) what `rescale` divided the rows by so far; None if nothing.
         sums: per kind asked for, ``absmax``, ``low``, ``high`` (in,), ``mean`` Σx (in,), ``mean_abs`` Σ|x| (in,),
@@ -38,13 +39,18 @@ class InputStats:
     """
 
     def __init__(
-        self, width: int, needs: Iterable[str], device: torch.device | str = "cpu", clip: float = math.inf
+        self,
+        width: int,
+        needs: Iterable[str],
+        device: torch.device | str = "cpu",
+        clip: float = math.inf,
+        length: int = 0,
     ) -> None:
         unknown = set(needs) - KINDS
         if unknown:
             raise ValueError(f"unknown statistics {sorted(unknown)}; known: {sorted(KINDS)}")
         self.width, self.needs, self.count = width, frozenset(needs), 0
-        self.clip = clip
+        self.clip, self.length = clip, length
         self.scale: Tensor | None = None
         self.rows: list[Tensor] = []
         self.sums = {

@@ -61,7 +61,7 @@ def stride(outputs: int) -> int:
 
 def gather(stats: InputStats, rows: list[Tensor], needs: frozenset[str], clip: float) -> InputStats:
     """Statistics of ``rows`` (tokens, in) clipped, smoothed as ``stats`` are."""
-    gathered = InputStats(stats.width, needs, rows[0].device if rows else "cpu", clip)
+    gathered = InputStats(stats.width, needs, rows[0].device if rows else "cpu", clip, stats.length)
     for x in rows:
         gathered.update(x)
     if stats.scale is not None:

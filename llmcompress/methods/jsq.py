@@ -21,7 +21,7 @@ from typing import Literal
 from torch import Tensor
 
 from llmcompress.core.group import Matrix, MatrixGroup, Method
-from llmcompress.core.salience import CentredRows, range_excess
+from llmcompress.core.salience import CentredRows, averaged_samples, range_excess
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
 from llmcompress.core.trial import Trials, stride
@@ -40,10 +40,12 @@ class JSQ(Method):
     Attributes:
         sparsity: how many.
         rho: weight of the range against the energy, per token; ``auto`` chooses it per input.
+        average_samples: take the range over the mean of the samples, as the released code does, for comparison.
     """
 
     sparsity: Sparsity
     rho: float | Literal["auto"] = PAPER_RHO
+    average_samples: bool = False
 
     stage = "prune"
     needs = frozenset({"squares", "rows"})
@@ -61,7 +63,10 @@ class JSQ(Method):
         return self if self.rho != "auto" else Wanda(self.sparsity)  # which is JSQ with ρ = 0
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
-        rows = CentredRows(stats)
+        try:
+            rows = CentredRows(averaged_samples(stats) if self.average_samples else stats)
+        except UserError as error:
+            raise UserError(error.what, group.name, error.fix) from None
         excess = {m.name: range_excess(m.weight, rows) for m in group}  # (out, in) each
         rho = self._choose_rho(group, stats, rest, excess) if self.rho == "auto" else self.rho
         group.figures["rho"] = rho

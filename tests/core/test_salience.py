@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmcompress.core.kernels import range_scan
-from llmcompress.core.salience import CentredRows, raise_extremes, range_excess
+from llmcompress.core.salience import CentredRows, RangeScan, averaged_samples, raise_extremes, range_excess
 from llmcompress.core.stats import InputStats
+from llmcompress.errors import UserError
 
 
 def stats_of(x: torch.Tensor, pieces: int = 1, **kwargs: float) -> InputStats:
@@ -152,3 +153,33 @@ def test_number_of_threads_does_not_change_a_bit(threads: int) -> None:
     torch.set_num_threads(before)
     assert torch.equal(*found)
     assert_exact(weight, x, found[0])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("cut", [1, 20, 49])
+def test_scans_of_different_tokens_merge_to_the_scan_of_all(compiled: bool, cut: int) -> None:
+    generator = torch.Generator().manual_seed(cut)
+    weight, x = torch.randn(7, 30, generator=generator), draw("heavy", 50, 30, generator)
+
+    def scan(*parts: torch.Tensor) -> RangeScan:
+        found = RangeScan(weight)
+        for part in parts:
+            found.add(part, range_scan.column_extremes(part) if compiled else None)
+        return found
+
+    one, other = scan(x[:cut].contiguous()), scan(x[cut:].contiguous())
+    one.merge(other)
+    torch.testing.assert_close(one.excess, scan(x).excess, rtol=1e-5, atol=1e-5)
+    assert_exact(weight, x, one.excess)
+
+
+def test_averaged_samples_are_averaged_token_by_token_before_the_range_is_taken() -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples, weight = torch.randn(6, 20, 12, generator=generator), torch.randn(5, 12, generator=generator)
+    stats = InputStats(12, {"rows"}, length=20)
+    for pair in samples.split(2):
+        stats.update(pair.reshape(-1, 12))
+    assert_exact(weight, samples.mean(0), range_excess(weight, CentredRows(averaged_samples(stats))))
+    stats.update(torch.zeros(3, 12))
+    with pytest.raises(UserError, match="whole samples"):
+        averaged_samples(stats)
