@@ -15,7 +15,7 @@ without range(Y_i), which is common to a row."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -60,7 +60,9 @@ class JSQ(Method):
         return self.sparsity.misfit(columns)
 
     def draft(self) -> Method:
-        return self if self.rho != "auto" else Wanda(self.sparsity)  # which is JSQ with ρ = 0
+        if self.rho == "auto":
+            return Wanda(self.sparsity)  # which is JSQ with ρ = 0
+        return replace(self, average_samples=False)  # trials see single tokens
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         try:
