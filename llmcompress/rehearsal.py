@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,8 +16,23 @@ from torch.func import functional_call
 from llmcompress.core.block import BlockGroup, Transform
 from llmcompress.export.quantized import unsupported
 from llmcompress.model.groups import Call, InputGroup, run_block
+from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView
 from llmcompress.suspend import SuspendedForward
+
+
+def spans(model: BlockwiseModel, targets: Callable[[str], bool]) -> list[tuple[float, float]]:
+    """Per block the shares of all blocks' targeted weights that lie before it, and up to its end."""
+    sizes = [
+        sum(
+            p.numel()
+            for name, p in block.module.named_parameters()
+            if p.dim() > 1 and targets(f"{block.name}.{name.removesuffix('.weight')}")
+        )
+        for block in model.blocks
+    ]
+    ends = [0, *accumulate(sizes)]
+    return [(first / max(ends[-1], 1), last / max(ends[-1], 1)) for first, last in pairwise(ends)]
 
 
 class Rehearsal:
@@ -24,6 +40,7 @@ class Rehearsal:
 
     Args:
         index, name: of the block.
+        span: where it lies among all blocks' weights, as in `BlockView`.
         module: the block.
         groups: its input groups, in calling order; convolutions with several groups stay out.
         targets: whether the matrix of this name is to be compressed.
@@ -37,6 +54,7 @@ class Rehearsal:
         self,
         index: int,
         name: str,
+        span: tuple[float, float],
         module: nn.Module,
         groups: list[InputGroup],
         targets: Callable[[str], bool],
@@ -45,7 +63,7 @@ class Rehearsal:
         scale_dtype: torch.dtype,
         note: Callable[[str], None],
     ) -> None:
-        self.index, self.batches, self.scale_dtype = index, len(forwards), scale_dtype
+        self.index, self.span, self.batches, self.scale_dtype = index, span, len(forwards), scale_dtype
         self._name, self._block, self._forwards, self._dense = name, _Ungated(module), forwards, dense
         self._found, self._targets, self._note = groups, targets, note
         self._views: dict[str, MatrixView] = {}

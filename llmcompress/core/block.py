@@ -39,11 +39,13 @@ class BlockView(Protocol):
 
     Attributes:
         index: of the block; the model's first is 0.
+        span: shares of all blocks' weights to be compressed that lie before the block, and up to its end.
         batches: number of micro-batches that wait.
         scale_dtype: dtype in which quantization scales will be stored.
     """
 
     index: int
+    span: tuple[float, float]
     batches: int
     scale_dtype: torch.dtype
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,24 @@ class Sparsity:
         if not 0 <= ratio < 1:
             raise UserError(f"{text} is outside [0, 1)", "sparsity", "write a ratio such as 0.5, or N:M such as 2:4")
         return Sparsity(ratio)
+
+    def ramped(self, ramp: float, span: tuple[float, float]) -> Sparsity:
+        """That of a block where the ratio grows evenly over the model's weights, by ``ramp`` from its first to its last.
+
+        The total stays what it is, whatever the sizes of the blocks.
+
+        Args:
+            span: shares of all weights that lie before the block, and up to its end.
+        """
+        return replace(self, ratio=self.ratio + ramp * ((span[0] + span[1]) / 2 - 0.5))
+
+    def check_ramp(self, ramp: float) -> None:
+        """Raises UserError if the ratio cannot grow by ``ramp``."""
+        if ramp and self.m:
+            raise UserError(f"the pattern {self} is the same in every block", "prune.ramp", "leave it out")
+        if not (0 <= self.ratio - abs(ramp) / 2 and self.ratio + abs(ramp) / 2 < 1):
+            low, high = self.ratio - ramp / 2, self.ratio + ramp / 2
+            raise UserError(f"ratios from {low:g} to {high:g} leave [0, 1)", "prune.ramp", "ramp less, e.g. 0.1")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.m else f"{self.ratio:g}"

@@ -40,17 +40,25 @@ class Trials:
         self.energy = sum(float((self.held @ w.T).square().sum()) for w in self.originals)
         self.needs = frozenset[str]().union(*(method.needs for method in self.rest))
 
-    def error(self, decide: Callable[[Matrix], None] = lambda matrix: None, clip: float = math.inf) -> float:
+    def error(
+        self,
+        decide: Callable[[Matrix], None] = lambda matrix: None,
+        clip: float = math.inf,
+        smoothing: Tensor | None = None,
+    ) -> float:
         """Relative output error after ``decide`` on each sampled matrix and the steps that follow.
 
         Args:
             decide: changes a matrix of at most `TRIAL_OUTPUTS` outputs, every ``stride(outputs)``-th of the whole.
             clip: limit to which the rows are clamped in the statistics that the steps see.
+            smoothing: (in,) what the inputs are divided by first.
         """
-        trial = self.sample.trial()
+        trial, stats = self.sample.trial(), gather(self.stats, [self.fit], self.needs, clip)
+        if smoothing is not None:
+            trial.smooth(smoothing, stats)
         for matrix in trial:
             decide(matrix)
-        run_methods(self.rest, trial, gather(self.stats, [self.fit], self.needs, clip))
+        run_methods(self.rest, trial, stats)
         return trial.output_error(self.held, self.originals) / max(self.energy, torch.finfo(torch.float32).tiny)
 
 

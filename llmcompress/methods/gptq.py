@@ -10,7 +10,7 @@ rounded weights will multiply: this method then asks for the rows instead of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -71,6 +71,10 @@ class GPTQ(Method):
 
     def misnamed(self, names: Sequence[str]) -> str:
         return unmatched(self.quantize_outputs, names)
+
+    def draft(self) -> GPTQ:
+        """Trials have one lane."""
+        return self if self.target == "compressed" else replace(self, target="compressed")
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         self.solve(group, stats, rest, None)

@@ -7,9 +7,10 @@ aiming at the dense model's outputs, a least-squares refit of what is kept, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from llmcompress.core.block import BlockView
 from llmcompress.core.compensate import LeastSquares
 from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.sparsity import Sparsity
@@ -33,6 +34,7 @@ class SparseGPT(Method):
         damping: added to H's diagonal, as a multiple of its mean.
         target: whose outputs to meet: those of the weights on the compressed model's own inputs, or the dense model's.
         precision: of the factorisation.
+        ramp: by how much the ratio grows from the first weights of the model to the last, at the same total.
     """
 
     sparsity: Sparsity
@@ -41,12 +43,14 @@ class SparseGPT(Method):
     damping: float = 0.01
     target: Literal["compressed", "dense"] = "compressed"
     precision: Literal["float32", "float64"] = "float32"
+    ramp: float = 0.0
 
     stage = "prune"
 
     def __post_init__(self) -> None:
         if self.grow and not self.refit:
             raise UserError("zeros move by the residual of a refit", "prune.grow", "set refit: true")
+        self.sparsity.check_ramp(self.ramp)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -55,6 +59,14 @@ class SparseGPT(Method):
 
     def misfit(self, columns: int) -> str:
         return self.sparsity.misfit(columns)
+
+    def for_block(self, view: BlockView) -> SparseGPT:
+        """With the ratio of its place in the model."""
+        return replace(self, sparsity=self.sparsity.ramped(self.ramp, view.span), ramp=0.0) if self.ramp else self
+
+    def draft(self) -> SparseGPT:
+        """Trials have one lane."""
+        return self if self.target == "compressed" else replace(self, target="compressed")
 
     def join(self, following: Method) -> Method | None:
         """One sweep that prunes and rounds, if both steps solve the same problem."""
