@@ -20,11 +20,13 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [f"# {dense['model']}, methods by budget", "", *_preamble(dense, cells), ""]
     for budget in _in_order(cells, "budget"):
         lines += [f"## {budget}", "", *_header(texts)]
-        rows = [[c for c in cells if c["budget"] == budget and c["method"] == m] for m in _in_order(cells, "method")]
-        done = [row for row in rows if row and "refused" not in row[0]]
-        done.sort(key=lambda row: mean(c["texts"][texts[0]]["kl"] for c in row))
-        lines += [_row(row, texts) for row in done] + [""]
-        lines += [f"{row[0]['method']}: {row[0]['refused']}\n" for row in rows if row and "refused" in row[0]]
+        here = [c for c in cells if c["budget"] == budget]
+        met = [c for c in here if "refused" not in c]
+        rows = [[c for c in met if c["method"] == method] for method in _in_order(met, "method")]
+        rows.sort(key=lambda row: mean(c["texts"][texts[0]]["kl"] for c in row))
+        lines += [_row(row, texts) for row in rows] + [""]
+        reasons = dict.fromkeys(f"{c['method']}: {c['refused']}" for c in here if "refused" in c)
+        lines += [line for reason in reasons for line in (reason, "")]
     return "\n".join(lines)
 
 
@@ -123,6 +125,7 @@ def _panel(panel: Any, text: str, cells: list[Record], budgets: list[str], metho
         panel.errorbar([x for x, _ in known], [middle(row) for _, row in known], yerr=spans, label=method, **style)
     for edge in range(1, len(budgets)):
         panel.axvline(edge - 0.5, color="0.9", linewidth=0.8, zorder=0)
+    panel.set_xlim(-0.5, len(budgets) - 0.5)
     panel.set_yscale("log")
     panel.set_ylabel(f"KL, nats per token\n{text}")
     panel.grid(axis="y", color="0.9", linewidth=0.6)
