@@ -70,6 +70,15 @@ def peak_memory_bytes(device: str = "cpu") -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def spare_memory_bytes(device: str = "cpu") -> int | None:
+    """What could still be taken: of the system's memory (Linux), or of a CUDA device's. None where nothing tells."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    table = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", table.read_text()) if table.is_file() else None
+    return int(found[1]) * 1024 if found else None
+
+
 def release_freed_memory() -> None:
     """Gives freed memory back to the system where the C library keeps it for itself otherwise (glibc)."""
     trim = getattr(_C_LIBRARY, "malloc_trim", None)

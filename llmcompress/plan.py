@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmcompress.annealing import number_of_moves
 from llmcompress.core.structure import StructuredMethod
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import (
@@ -23,6 +24,7 @@ from llmcompress.model.groups import InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView, is_matrix
 from llmcompress.recipe import Recipe
+from llmcompress.recompress import affordable_interval, kept_bytes
 from llmcompress.restructure import removable
 from llmcompress.suspend import gates
 from llmcompress.walk import PROBE_TOKENS
@@ -108,6 +110,8 @@ def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) 
     plan.share = compressed / total
     plan.notes = _notes(walked, model)
     plan.peak_memory_bytes = _estimate_memory(model, walked, largest_block, widest, samples * length)
+    if moves := number_of_moves(walked):
+        _plan_search(plan, moves, model, samples * length)
     if recipe.structured is not None:
         gradients = _gradient_memory(model, recipe.structured, largest_block)
         plan.peak_memory_bytes = max(plan.peak_memory_bytes, gradients)
@@ -115,6 +119,17 @@ def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) 
             0, f"{removed:.1%} of the blocks' weights are removed first; widths above are the dense model's"
         )
     return plan
+
+
+def _plan_search(plan: Plan, moves: int, model: BlockwiseModel, tokens: int) -> None:
+    """Adds what a search over whole compressions keeps in memory, and how many of them it may take."""
+    every = affordable_interval(model, tokens)
+    kept = kept_bytes(model, tokens, every)
+    plan.peak_memory_bytes += kept
+    plan.notes.append(
+        f"annealing of the clip ratios: at most {moves + 1} compressions of the model before the one that is written; "
+        f"{_mib(kept)} keep what enters {'each block' if every == 1 else f'every {every}th block'}"
+    )
 
 
 def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int]]:

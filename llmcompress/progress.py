@@ -62,10 +62,14 @@ class Progress:
         began = time.perf_counter()
         if self._terminal:
             with tqdm(total=total, desc=name, unit=unit, file=self._stream, leave=False, dynamic_ncols=True) as bar:
-                yield lambda steps: _advance(bar, steps)
+                self._bar = bar
+                try:
+                    yield lambda steps: _advance(bar, steps)
+                finally:
+                    self._bar = None
         else:
             yield lambda steps: None
-        self._line(f"{name}: {_seconds(time.perf_counter() - began)}")
+        self._line(f"{name}: {seconds_text(time.perf_counter() - began)}")
 
     def begin_block(self, name: str) -> None:
         """Enters a block, e.g. ``model.layers.3``."""
@@ -93,6 +97,18 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(text)
 
+    def say(self, text: str) -> None:
+        """Tells something on a line of its own, between phases."""
+        self._close_bar()
+        self._line(text)
+
+    def step(self, text: str) -> None:
+        """Tells of a long step of a phase: beside its bar, or on a line of its own where there is none."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        else:
+            self._line(text)
+
     def end_block(self, zeros: float) -> None:
         """Leaves the block. ``zeros`` is the share of zeros in its compressed matrices."""
         now = time.perf_counter()
@@ -105,8 +121,8 @@ class Progress:
         left = (now - self._started) / self._done * max(0, self.total_blocks - self._done)
         worst = f"worst {self._worst[0]} error {self._worst[1]:.1e}, " if self._worst else ""
         self._line(
-            f"block {self._done}/{self.total_blocks} {_short(self._block)}: {_seconds(now - self._block_started)}, "
-            f"{worst}{zeros:.1%} zeros, remaining {_seconds(left)}"
+            f"block {self._done}/{self.total_blocks} {_short(self._block)}: {seconds_text(now - self._block_started)}, "
+            f"{worst}{zeros:.1%} zeros, remaining {seconds_text(left)}"
         )
 
     def _line(self, text: str) -> None:
@@ -129,7 +145,8 @@ def _short(block: str) -> str:
     return found[0] if found else block
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
+    """``9.5 s``, ``12 s``, ``3 min`` or ``2.1 h``."""
     if value < 120:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

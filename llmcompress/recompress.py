@@ -3,24 +3,31 @@ changes, and judged each time on rows that the compression does not see.
 
 What entered each block of the accepted compression is kept: of the calibration rows, on which the walk goes on from
 there, and of the validation rows, which run through the finished blocks of a second model, read as they would be from
-disk, and on to the head. A forward that goes on from a block is a forward of the whole model whose earlier blocks return
-what they returned before, so that nothing here knows an architecture."""
+disk, and on to the head. A forward that goes on from a block is a forward of the whole model whose earlier blocks
+return what they returned before, so that nothing here knows an architecture."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import LOGITS, rounded_activations
+from llmcompress.measure import spare_memory_bytes
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.recipe import Recipe
 from llmcompress.suspend import Returns, SuspendedForward, gates
 from llmcompress.walk import PROBE_TOKENS, CompressedBlock, Walk
 
+#: share of the spare memory that what enters the blocks may take
+MEMORY_SHARE = 0.5
 #: logits of the validation rows whose losses are taken at once
 _LOSS_ROWS = 1024
 
@@ -58,25 +65,62 @@ class Recompression:
 
     Args:
         model: dense, its blocks not loaded.
-        calibration: (N, T) token rows.
-        validation: (M, T) token rows, others.
-        every: keep what enters every n-th block; compressions begin with one of these.
+        tokens: (N, T) calibration rows.
+        share: of the rows that are held back, to judge on.
+        every: keep what enters every n-th block, where compressions can begin; None for as many as memory allows.
         replay: as `Walk` takes it.
 
     Attributes:
+        held: numbers of the validation rows.
         runs: compressions made so far, of the whole model or of its end.
         blocks: compressions of single blocks so far.
+
+    Raises:
+        UserError: there are fewer than two rows.
     """
 
     def __init__(
-        self, model: BlockwiseModel, calibration: Tensor, validation: Tensor, *, every: int = 1, replay: bool = False
+        self, model: BlockwiseModel, tokens: Tensor, share: float, *, every: int | None = None, replay: bool = False
     ) -> None:
-        self.model, self.judge = model, model.twin()
-        self.calibration, self.every, self.replay = calibration, every, replay
+        self.model, self.judge, self.tokens, self.replay = model, model.twin(), tokens, replay
+        self.every = every or affordable_interval(model, tokens.numel())
+        self.held = held_back(len(tokens), share)
+        judged_on = torch.zeros(len(tokens), dtype=torch.bool)
+        judged_on[self.held] = True
         vocabulary = model.model.get_output_embeddings().weight.shape[0]
-        self.validation = micro_batches(validation, limit=min(4096, LOGITS // vocabulary))
+        self.calibration = tokens[~judged_on]
+        self.validation = micro_batches(tokens[judged_on], limit=min(4096, LOGITS // vocabulary))
         self.runs = self.blocks = 0
         self._accepted: dict[int, Entry] = {}
+
+    @property
+    def rows(self) -> int:
+        """Calibration and validation rows together."""
+        return len(self.tokens)
+
+    @property
+    def number_of_blocks(self) -> int:
+        """Of the model."""
+        return len(self.model.blocks)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of what is kept."""
+        return kept_bytes(self.model, self.tokens.numel(), self.every)
+
+    @property
+    def mean_share(self) -> float:
+        """Of the blocks, that a compression takes if all blocks are as likely to be the first that changes."""
+        blocks = range(self.number_of_blocks)
+        return sum(len(blocks) - k // self.every * self.every for k in blocks) / len(blocks) ** 2
+
+    def identity(self) -> dict[str, Any]:
+        """What the perplexities hang on, apart from the recipe; hashes of the whole model and of all rows."""
+        return {
+            "model": _hash_model(self.model),
+            "calibration": hashlib.sha256(self.tokens.cpu().contiguous().numpy().tobytes()).hexdigest(),
+            "arithmetic": f"torch {torch.__version__} {self.model.dtype} {self.model.device}",
+        }
 
     @torch.no_grad()
     def attempt(self, recipe: Recipe, first: int = 0) -> Attempt:
@@ -126,6 +170,25 @@ class Recompression:
         return math.exp(mean) if mean < 700 else math.inf
 
 
+def held_back(rows: int, share: float) -> list[int]:
+    """Numbers of the validation rows, spread evenly over all of them.
+
+    Raises:
+        UserError: there are fewer than two rows.
+    """
+    if rows < 2:
+        raise UserError("annealing needs rows to calibrate on and rows to judge on", "--samples", "use at least 2")
+    count = min(max(1, round(rows * share)), rows - 1)
+    return [(2 * i + 1) * rows // (2 * count) for i in range(count)]
+
+
+def affordable_interval(model: BlockwiseModel, tokens: int) -> int:
+    """The least n for which what enters every n-th block fits into memory; the number of blocks if none does."""
+    spare, blocks = spare_memory_bytes(model.device), len(model.blocks)
+    fitting = (n for n in range(1, blocks) if spare is None or kept_bytes(model, tokens, n) <= MEMORY_SHARE * spare)
+    return next(fitting, blocks)
+
+
 def kept_bytes(model: BlockwiseModel, tokens: int, every: int = 1) -> int:
     """Memory of what is kept, of the accepted compression and of one that is being tried.
 
@@ -146,3 +209,13 @@ def total_loss(logits: Tensor, tokens: Tensor) -> float:
             losses = nn.functional.cross_entropy(predicted.float(), following, reduction="none")
             lost += float(losses.double().sum())
     return lost
+
+
+def _hash_model(model: BlockwiseModel) -> str:
+    """Of everything the model computes with."""
+    digest = hashlib.sha256(json.dumps(model.checkpoint.config, sort_keys=True).encode())
+    for name in sorted(model.checkpoint.tensors):
+        value = model.checkpoint.read([name])[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -105,6 +105,9 @@ class Report:
             many groups of each kind a block kept; empty if there was none.
         recovery: of the training after it: kind, steps, rate, the divergence from the dense model at every step; empty
             if there was none.
+        search: of clip ratios by annealing: ratios and perplexity on the validation rows at the start and at the best,
+            numbers of those rows, every move with the perplexity of its candidate, the current one and the best so far;
+            empty if there was none.
         blocks: in the order of the forward.
         warnings: what was skipped or degraded, in plain words.
         output: the folder that was written.
@@ -126,6 +129,7 @@ class Report:
     evaluation: dict[str, Any] = field(default_factory=dict)
     structure: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     output: str = ""
@@ -220,6 +224,12 @@ class Report:
             lines.append(
                 f"recovered in {self.recovery['steps']} steps ({self.recovery['kind']}): "
                 f"divergence from the dense model {first:.4f} → {last:.4f} on the rows trained on"
+            )
+        if self.search:
+            start, best = (figure(self.search[key]["perplexity"], ".4f") for key in ("start", "best"))
+            lines.append(
+                f"annealed in {len(self.search['moves'])} moves: perplexity {start} → {best} "
+                f"on {len(self.search['validation_rows'])} of {self.search['rows']} calibration rows"
             )
         for name, rows in (("calibrated", self.calibration), ("evaluated", self.evaluation)):
             if rows:

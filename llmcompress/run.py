@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from llmcompress.annealing import Annealing, searched, state_file
+from llmcompress.arithmetic import choose_device, choose_dtype
 from llmcompress.calibration import Calibration, evaluation_rows, token_rows
 from llmcompress.errors import UserError, nearest
 from llmcompress.evaluate.stream import compare
@@ -25,6 +26,7 @@ from llmcompress.model.locate import locate
 from llmcompress.plan import check_fit, estimate_size
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
+from llmcompress.recompress import Recompression
 from llmcompress.recover import KINDS, recover
 from llmcompress.report import Report
 from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, removable, restructure
@@ -34,8 +36,6 @@ from llmcompress.walk import Walk, samples_needed, warm_up
 #: sequences of the model's own samples on which the result is judged if no text is given, and their seed's offset
 HELD_OUT_SAMPLES = 16
 HELD_OUT_SEED = 1_000_003
-#: below this many parameters arithmetic on a CPU is float32 whatever the checkpoint stores
-SMALL_MODEL = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Source:
         self.checkpoint = Checkpoint(self.folder)
         if self.checkpoint.config.get("quantization_config"):
             raise UserError("is quantized already", str(self.folder), "give the dense checkpoint")
-        self.device = _device(options.device)
-        self.dtype = _dtype(options.dtype, self.checkpoint, self.device)
+        self.device = choose_device(options.device)
+        self.dtype = choose_dtype(options.dtype, self.checkpoint, self.device)
 
     def open(self, checkpoint: Checkpoint | None = None) -> BlockwiseModel:
         """The model, or one saved from it, its blocks on disk."""
@@ -178,6 +178,7 @@ class Run:
             report.output = str(target)
             card = model_card(report, self.recipe.to_yaml(), source.name, source.folder)
             writer.publish({"report.json": report.to_json() + "\n", "README.md": card})
+        state_file(writer.output).unlink(missing_ok=True)
         return report
 
     def _starting_point(
@@ -213,14 +214,13 @@ class Run:
                 report.blocks = copy_model(dense, writer)
             return {}
         schemes: dict[str, Scheme] = {}
-        walk = Walk(
-            dense,
-            self.recipe.blockwise,
-            tokens,
-            replay=self.options.low_memory,
-            phases=self.phases,
-            progress=self.progress,
-        )
+        recipe, o = self.recipe.blockwise, self.options
+        if (clip := searched(recipe)) is not None:
+            with self.phases("anneal"):
+                engine = Recompression(dense, tokens, clip.validation, replay=o.low_memory)
+                search = Annealing(recipe, engine, o.seed, state_file(writer.output), self.progress)
+                recipe, report.search = search.run()
+        walk = Walk(dense, recipe, tokens, replay=o.low_memory, phases=self.phases, progress=self.progress)
         report.calibration["samples"] = len(walk.tokens)
         for finished in walk.run():
             with self.phases("write"):
@@ -299,21 +299,3 @@ def _read_eval_rows(source: Source, text: str) -> Tensor:
 
 def _json(tree: object) -> str:
     return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _device(wanted: str) -> str:
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UserError("no CUDA device is available", "--device cuda", "use --device cpu")
-    return "cuda" if wanted == "cuda" or (wanted == "auto" and available) else "cpu"
-
-
-def _dtype(wanted: str, checkpoint: Checkpoint, device: str) -> torch.dtype:
-    """float32 where it is asked for, stored, or cheap; float16 weights are computed in float32 on a CPU."""
-    if wanted != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
-    stored = checkpoint.dtype
-    parameters = sum(info.nbytes // info.dtype.itemsize for info in checkpoint.tensors.values())
-    if device == "cpu" and (parameters < SMALL_MODEL or stored != torch.bfloat16):
-        return torch.float32
-    return stored

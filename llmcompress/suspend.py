@@ -109,7 +109,6 @@ class SuspendedForward:
             self.place = outcome
         return self.place
 
-
     def skip(self, blocks: int, value: Any) -> None:
         """From the first block on past some that need not run again, the last of which returns ``value``."""
         for _ in range(blocks):

@@ -34,9 +34,9 @@ class Clip(Method):
 
     Attributes:
         candidates: clip ratios c in [0, 1): the share of entries that is clamped. 0 clamps none.
-        search: ``closed-form`` chooses per group by its own output error; ``annealing`` chooses per block by perplexity.
-        ratios: one per block, the first block's first: taken as they are. Annealing starts from them; without them, from
-            the middle one of the candidates everywhere.
+        search: ``closed-form`` chooses per group by its output error; ``annealing`` chooses per block by perplexity.
+        ratios: one per block, the first block's first: taken as they are. Annealing starts from them; without them,
+            from the middle one of the candidates everywhere.
         moves: of annealing at each temperature; each compresses the model anew from the block it changes.
         temperature_start, temperature_end: T is divided by 2, 3, 4 … from the one, while it is not below the other.
         validation: share of the calibration rows on which annealing judges, and on which it does not calibrate.
