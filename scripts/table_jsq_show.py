@@ -96,7 +96,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     cells = [c for c in found["cells"] if "refused" not in c]
     texts = list(found["dense"]["texts"])
     budgets, methods = _in_order(cells, "budget"), _in_order(cells, "method")
-    figure = Figure(figsize=(1.5 + 1.15 * len(budgets), 3.6 * len(texts) + 1.2), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 1.5 + 1.15 * len(budgets)), 3.6 * len(texts) + 1.2), layout="constrained")
     panels = figure.subplots(len(texts), 1, squeeze=False, sharex=True)[:, 0]
     for panel, text in zip(panels, texts, strict=True):
         _panel(panel, text, cells, budgets, methods)
