@@ -75,7 +75,7 @@ class OmniQuant(Method):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """The inputs' largest values, for the scales to start from; the dense model's rows, if they are aimed at."""
-        return SmoothQuant.needs | self._rounding.needs | ({"cross"} if self.target == "dense" else frozenset())
+        return SmoothQuant().needs | self._rounding.needs | ({"cross"} if self.target == "dense" else frozenset())
 
     def misfit(self, columns: int) -> str:
         return self._rounding.misfit(columns)
