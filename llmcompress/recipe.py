@@ -59,7 +59,7 @@ class Recipe:
             ``include`` and none of ``exclude`` matches.
         propagate: what the tokens go on through once a matrix is done: its ``compressed`` form, so that everything is
             calibrated on what its predecessors produce; its ``pruned`` and smoothed form, not rounded yet; the dense
-            ``block``, after which they run through the compressed one, as the papers' code does; or the ``dense`` model.
+            ``block``, and then the compressed one, as the papers' code does; or the ``dense`` model.
         description: one line.
     """
 

@@ -248,3 +248,14 @@ def test_steps_that_need_no_statistics_are_given_only_the_rows_that_errors_are_m
     fixed = {"stages": [{"quantize": {"weights": "int8", "activations": "int8-static"}}]}
     assert Walk(model, Recipe.from_tree(rounding, "t"), many).tokens.numel() == 264
     assert Walk(model, Recipe.from_tree(fixed, "t"), many).tokens.numel() == 2880
+
+
+def test_ramp_grows_over_the_blocks_and_keeps_the_model_total(tmp_path: Path) -> None:
+    stage = {"prune": {"method": "sparsegpt", "sparsity": 0.5, "ramp": 0.2}}
+    finished = walk(tiny_folder(tmp_path), {"stages": [stage]})
+    zeros = [sum(m.sparsity * m.weights for m in block.report.matrices) for block in finished]
+    weights = [sum(m.weights for m in block.report.matrices) for block in finished]
+    ratios = [z / w for z, w in zip(zeros, weights, strict=True)]
+    assert ratios == sorted(ratios)
+    assert ratios[-1] - ratios[0] == pytest.approx(0.2 * (1 - 1 / len(finished)), abs=2e-3)
+    assert abs(sum(zeros) - sum(weights) / 2) <= 7 * len(finished) / 2  # each matrix is rounded to a whole number

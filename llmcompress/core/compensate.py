@@ -63,15 +63,16 @@ class LeastSquares:
         """(in,) of H + λI."""
         return (self.H.diagonal() + self.ridge).clamp(min=torch.finfo(self.H.dtype).tiny)
 
-    def refit(self, keep: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    def refit(self, keep: Tensor, start: Tensor, least_gain: float = LEAST_GAIN) -> tuple[Tensor, Tensor]:
         """The kept weights' optimum by preconditioned conjugate gradients.
 
         Args:
             keep: (out, in) bool.
-            start: (out, in), zero where not kept.
+            start: (out, in); what is not kept stays as it is here, zero or not.
+            least_gain: steps end when one lowers the loss by less than this share of it.
 
         Returns:
-            (out, in) values, zero where not kept, and the (out,) loss of each row: at most that of ``start``.
+            (out, in) values, and the (out,) loss of each row: at most that of ``start``.
         """
         inverse = keep / self.diagonal  # the preconditioner, and the projection onto the kept
         Q, residual = start.clone(), self.gradient(start)
@@ -82,7 +83,7 @@ class LeastSquares:
             curved = self._times_H(direction)
             step = slope / (curved * direction).sum(1).clamp(min=torch.finfo(Q.dtype).tiny)
             gain = step * slope
-            if float(gain.sum()) < LEAST_GAIN * float(loss.sum()):
+            if float(gain.sum()) < least_gain * float(loss.sum()):
                 break
             loss = loss - gain
             Q.addcmul_(direction, step[:, None])

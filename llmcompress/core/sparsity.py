@@ -50,7 +50,7 @@ class Sparsity:
         return Sparsity(ratio)
 
     def ramped(self, ramp: float, span: tuple[float, float]) -> Sparsity:
-        """That of a block where the ratio grows evenly over the model's weights, by ``ramp`` from its first to its last.
+        """That of a block where the ratio grows evenly by ``ramp`` from the first weights of the model to the last.
 
         The total stays what it is, whatever the sizes of the blocks.
 
@@ -63,7 +63,7 @@ class Sparsity:
         """Raises UserError if the ratio cannot grow by ``ramp``."""
         if ramp and self.m:
             raise UserError(f"the pattern {self} is the same in every block", "prune.ramp", "leave it out")
-        if not (0 <= self.ratio - abs(ramp) / 2 and self.ratio + abs(ramp) / 2 < 1):
+        if self.ratio - abs(ramp) / 2 < 0 or self.ratio + abs(ramp) / 2 >= 1:
             low, high = self.ratio - ramp / 2, self.ratio + ramp / 2
             raise UserError(f"ratios from {low:g} to {high:g} leave [0, 1)", "prune.ramp", "ramp less, e.g. 0.1")
 

@@ -9,6 +9,7 @@ from llmcompress.methods.gptq import GPTQ
 from llmcompress.methods.jsq import JSQ
 from llmcompress.methods.llm_pruner import LLMPruner
 from llmcompress.methods.magnitude import Magnitude
+from llmcompress.methods.obr import OBR
 from llmcompress.methods.omniquant import OmniQuant
 from llmcompress.methods.rtn import RTN
 from llmcompress.methods.smoothquant import SmoothQuant
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "rtn": RTN,
     "gptq": GPTQ,
     "omniquant": OmniQuant,
+    "obr": OBR,
 }
 
 #: method of a stage that names none

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import accumulate, combinations, pairwise
 
 import pytest
 import torch
@@ -82,3 +82,21 @@ def test_pattern_that_does_not_divide_the_width_is_a_misfit() -> None:
     assert "10" in Sparsity.parse("2:4").misfit(10)
     assert not Sparsity.parse("2:4").misfit(12)
     assert not Sparsity.parse("0.5").misfit(7)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=12), ratio=st.floats(0.3, 0.7), ramp=st.floats(-0.6, 0.5)
+)
+def test_ramp_keeps_the_total_whatever_the_sizes_of_the_blocks(sizes: list[int], ratio: float, ramp: float) -> None:
+    ends = [0, *accumulate(sizes)]
+    spans = [(first / ends[-1], last / ends[-1]) for first, last in pairwise(ends)]
+    ratios = [Sparsity(ratio).ramped(ramp, span).ratio for span in spans]
+    assert sum(n * r for n, r in zip(sizes, ratios, strict=True)) / ends[-1] == pytest.approx(ratio, abs=1e-12)
+    assert ratios == sorted(ratios, reverse=ramp < 0)
+    assert max(ratios) - min(ratios) <= abs(ramp)
+
+
+@pytest.mark.parametrize(("sparsity", "ramp"), [("2:4", 0.1), ("0.5", 1.2), ("0.1", -0.3), ("0.9", 0.2)])
+def test_ramp_that_a_pattern_cannot_have_is_refused(sparsity: str, ramp: float) -> None:
+    with pytest.raises(UserError, match=r"ramp"):
+        Sparsity.parse(sparsity).check_ramp(ramp)

@@ -11,9 +11,11 @@ from llmcompress.core.grid import QuantGrid
 from llmcompress.core.group import Matrix, MatrixGroup, run_methods
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
+from llmcompress.core.trial import held_and_fit
+from llmcompress.errors import UserError
 from llmcompress.methods.magnitude import Magnitude
 from llmcompress.methods.rtn import RTN
-from llmcompress.methods.smoothquant import SmoothQuant
+from llmcompress.methods.smoothquant import AUTO_ALPHA, SmoothQuant
 from llmcompress.methods.wanda import Wanda
 
 IN = 24
@@ -173,3 +175,28 @@ def test_smoothing_rescues_rounding_from_outlier_inputs() -> None:
         run_methods(methods, group, stats_of(x, "absmax"))
         errors.append(group.output_error(x, dense))
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_auto_alpha_has_the_least_error_of_all_on_held_back_rows() -> None:
+    x, dense = inputs(400), [m.weight.double() for m in group_of(10, 6)]
+    group, quantize = group_of(10, 6), RTN(QuantGrid.parse_weights("int6"), INT8)
+    run_methods((SmoothQuant("auto"), quantize), group, stats_of(x, "absmax", "rows"))
+    held, _ = held_and_fit(list(x.chunk(3)), 1)
+    errors: dict[float | None, float] = {}
+    for alpha in (None, *AUTO_ALPHA):
+        trial = group_of(10, 6)
+        steps = (quantize,) if alpha is None else (SmoothQuant(alpha), quantize)
+        run_methods(steps, trial, stats_of(x, "absmax"))
+        seen = INT8.round_activations(held if alpha is None else held / trial.smoothing).double()
+        pairs = [(held.double() @ w.T, seen @ m.weight.double().T) for w, m in zip(dense, trial, strict=True)]
+        lost, meant = sum((y - z).square().sum() for y, z in pairs), sum(y.square().sum() for y, _ in pairs)
+        errors[alpha] = float(lost / meant)
+    noted = group.figures["alpha_errors"]
+    for alpha, error in errors.items():
+        assert noted["none" if alpha is None else f"{alpha:g}"] == pytest.approx(error, rel=1e-3)
+    assert group.figures["alpha"] == min(errors, key=errors.__getitem__)
+
+
+def test_auto_alpha_without_anything_to_round_is_refused() -> None:
+    with pytest.raises(UserError, match="quantize"):
+        run_methods((SmoothQuant("auto"),), group_of(4), stats_of(inputs(), "absmax", "rows"))
