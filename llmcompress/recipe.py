@@ -296,7 +296,11 @@ def _parser(kinds: list[object], key: str) -> Callable[[object], object] | None:
 
 
 def _spoken(hint: object) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_spoken(option) for option in typing.get_args(hint) if option is not type(None))
     if typing.get_origin(hint) is typing.Literal:
+        if len(typing.get_args(hint)) == 1:
+            return str(typing.get_args(hint)[0])
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
     return names.get(typing.cast(type, hint), f"a value of type {str(hint).replace('typing.', '')}")

@@ -21,16 +21,16 @@ from typing import Any
 from llmcompress.api import Options, compress
 from llmcompress.recipe import Recipe
 
-PATTERNS = {"50 %": 0.5, "2:4": "2:4"}
-PRUNE = {"method": "sparsegpt", "target": "dense", "refit": True, "grow": 8}
+PRUNE = {"method": "sparsegpt", "target": "dense", "refit": True, "grow": 3}
 SMOOTH = {"method": "smoothquant", "alpha": "auto"}
 ROUND = {"method": "gptq", "weights": "int8", "activations": "int8", "target": "dense"}
 RAMP = 0.09
-JSQ_STAGES = [
-    {"prune": {"method": "jsq", "rho": "auto"}},
-    {"smooth": {"method": "smoothquant", "alpha": 0.8}},
-    {"quantize": {"method": "rtn", "weights": "int8", "activations": "int8"}},
-]
+OWN = {"target": "compressed"}
+JSQ = (
+    {"method": "jsq", "rho": "auto"},
+    {"method": "smoothquant", "alpha": 0.8},
+    {"method": "rtn", "weights": "int8", "activations": "int8"},
+)
 
 
 @dataclass(frozen=True)
@@ -43,33 +43,43 @@ class Row:
     recipe: Recipe
 
 
-def rows() -> Iterator[Row]:
-    """All of them, pattern by pattern."""
-    for pattern, sparsity in PATTERNS.items():
-        ramp = {} if isinstance(sparsity, str) else {"ramp": RAMP}
+@dataclass(frozen=True)
+class Pattern:
+    """What the rows of one sparsity have in common."""
 
-        def row(part: str, change: str, stages: list[dict[str, Any]], propagate: str = "compressed") -> Row:
-            filled = [{k: v | ({"sparsity": sparsity} if k == "prune" else {}) for k, v in s.items()} for s in stages]
-            tree = {"stages": filled, "propagate": propagate}
-            return Row(pattern, part, change, Recipe.from_tree(tree, "jsq-plus-ablation"))
+    name: str
+    sparsity: float | str
 
-        def plus(
-            part: str, change: str, prune: dict[str, Any], smooth: dict[str, Any], rounding: dict[str, Any]
-        ) -> Row:
-            return row(part, change, [{"prune": prune}, {"smooth": smooth}, {"quantize": rounding}])
+    @property
+    def prune(self) -> dict[str, Any]:
+        """The whole recipe's prune stage."""
+        return PRUNE if isinstance(self.sparsity, str) else PRUNE | {"ramp": RAMP}
 
+    def row(self, part: str, change: str, *steps: dict[str, Any], propagate: str = "compressed") -> Row:
+        """A recipe of a prune, a smooth and a quantize stage."""
+        steps = ({"sparsity": self.sparsity} | steps[0], *steps[1:])
+        stages = [{kind: step} for kind, step in zip(("prune", "smooth", "quantize"), steps, strict=True)]
+        recipe = Recipe.from_tree({"stages": stages, "propagate": propagate}, "jsq-plus-ablation")
+        return Row(self.name, part, change, recipe)
+
+    def rows(self) -> Iterator[Row]:
+        """All of them."""
         for mode in ("compressed", "pruned", "block"):
-            yield row("JSQ", f"propagate: {mode}", JSQ_STAGES, mode)
-        yield from added(plus, PRUNE | ramp)
-        yield from removed(plus, PRUNE | ramp)
+            yield self.row("JSQ", f"propagate: {mode}", *JSQ, propagate=mode)
+        yield from added(self)
+        yield from removed(self)
 
 
-def added(plus: Any, whole: dict[str, Any]) -> Iterator[Row]:
+PATTERNS = (Pattern("50 %", 0.5), Pattern("2:4", "2:4"))
+
+
+def added(pattern: Pattern) -> Iterator[Row]:
     """From SparseGPT + SmoothQuant to the whole recipe."""
+    whole = pattern.prune
     prune: dict[str, Any] = {"method": "sparsegpt"}
     smooth: dict[str, Any] = {"method": "smoothquant", "alpha": 0.8}
     rounding: dict[str, Any] = {"method": "rtn", "weights": "int8", "activations": "int8"}
-    yield plus("added", "SparseGPT + SmoothQuant", prune, smooth, rounding)
+    yield pattern.row("added", "SparseGPT + SmoothQuant", prune, smooth, rounding)
     for key, name in (
         ("target", "aim at the dense outputs"),
         ("refit", "masked refit"),
@@ -78,21 +88,22 @@ def added(plus: Any, whole: dict[str, Any]) -> Iterator[Row]:
     ):
         if key in whole:
             prune = prune | {key: whole[key]}
-            yield plus("added", f"+ {name}", prune, smooth, rounding)
-    yield plus("added", "+ compensated rounding", prune, smooth, ROUND)
-    yield plus("added", "+ α by exact error: jsq-plus", prune, SMOOTH, ROUND)
+            yield pattern.row("added", f"+ {name}", prune, smooth, rounding)
+    yield pattern.row("added", "+ compensated rounding", prune, smooth, ROUND)
+    yield pattern.row("added", "+ α by exact error: jsq-plus", prune, SMOOTH, ROUND)
 
 
-def removed(plus: Any, whole: dict[str, Any]) -> Iterator[Row]:
+def removed(pattern: Pattern) -> Iterator[Row]:
     """The whole recipe with one part taken away or replaced."""
+    whole = pattern.prune
     without = {k: v for k, v in whole.items() if k != "ramp"}
-    yield plus("removed", "aim at the weights' own outputs", whole | {"target": "compressed"}, SMOOTH, ROUND)
-    yield plus("removed", "no refit, no drop and grow", whole | {"refit": False, "grow": 0}, SMOOTH, ROUND)
-    yield plus("removed", "no drop and grow", whole | {"grow": 0}, SMOOTH, ROUND)
-    yield plus("removed", "3 rounds of drop and grow", whole | {"grow": 3}, SMOOTH, ROUND)
+    yield pattern.row("removed", "aim at the weights' own outputs", whole | OWN, SMOOTH, ROUND | OWN)
+    yield pattern.row("removed", "no refit, no drop and grow", whole | {"refit": False, "grow": 0}, SMOOTH, ROUND)
+    yield pattern.row("removed", "no drop and grow", whole | {"grow": 0}, SMOOTH, ROUND)
+    yield pattern.row("removed", "8 rounds of drop and grow", whole | {"grow": 8}, SMOOTH, ROUND)
     if "ramp" in whole:
-        yield plus("removed", "no ramp", without, SMOOTH, ROUND)
-        yield plus("removed", "twice the ramp", whole | {"ramp": 2 * RAMP}, SMOOTH, ROUND)
+        yield pattern.row("removed", "no ramp", without, SMOOTH, ROUND)
+        yield pattern.row("removed", "twice the ramp", whole | {"ramp": 2 * RAMP}, SMOOTH, ROUND)
 
 
 def measure(row: Row, model: str, options: Options) -> dict[str, Any]:
@@ -115,8 +126,8 @@ def markdown(records: list[dict[str, Any]]) -> str:
     """The table, one section per pattern."""
     lines = ["# Ablation of jsq-plus", "", f"`{records[0]['settings']}`, W8A8, one seed.", ""]
     for pattern in PATTERNS:
-        lines += [f"## {pattern}", "", "| part | change | perplexity | KL |", "|---|---|---:|---:|"]
-        found = [r for r in records if r["pattern"] == pattern]
+        lines += [f"## {pattern.name}", "", "| part | change | perplexity | KL |", "|---|---|---:|---:|"]
+        found = [r for r in records if r["pattern"] == pattern.name]
         lines += [f"| {r['part']} | {r['change']} | {r['perplexity']:.3f} | {r['kl']:.4f} |" for r in found]
         lines.append("")
     return "\n".join(lines)
@@ -140,7 +151,7 @@ def main() -> None:
     file = args.out / "jsq_plus_ablation.json"
     known = json.loads(file.read_text()) if file.is_file() and not args.force else []
     records = []
-    for row in rows():
+    for row in (row for pattern in PATTERNS for row in pattern.rows()):
         key = {"pattern": row.pattern, "part": row.part, "change": row.change, "settings": settings}
         key["recipe"] = row.recipe.to_tree()["stages"]
         key["propagate"] = row.recipe.propagate

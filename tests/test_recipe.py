@@ -77,7 +77,7 @@ def stages(*entries: object) -> dict[str, object]:
         (stages({"quantize": {"weights": "int4-g0"}}), "group size 0"),
         (stages({"quantize": {"weights": {"bits": 4, "grup": 8}}}), "did you mean 'group'"),
         (stages({"quantize": {"weights": "int8", "activations": "int8-g32-static"}}), "static scales"),
-        (stages({"smooth": {"alpha": "much"}}), "not a number"),
+        (stages({"smooth": {"alpha": "much"}}), "not a number or auto"),
         (stages(), "no stages"),
         ({"stages": [], "stags": 1}, "did you mean 'stages'"),
         ([], "mapping"),

@@ -68,7 +68,7 @@ def test_rows_are_compensated_to_their_float64_optimum(fixed: str) -> None:
     x = rows()
     problem = LeastSquares(W, x.T @ x / len(x), float(0.01 * (x * x).mean()))
     restored, loss = problem.refit(free, start, LEAST_GAIN)
-    expected = torch.stack([optimum(*row) for row in zip(W.double(), H.expand(40, -1, -1), free, start.double())])
+    expected = torch.stack([optimum(*row) for row in zip(W.double(), [H] * 40, free, start.double(), strict=True)])
     best = losses(expected, W, H)
     assert torch.equal(restored[~free], start[~free])
     assert (losses(restored, W, H) <= best * 1.001).all()
