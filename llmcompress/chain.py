@@ -95,7 +95,7 @@ class ChainFile:
 
     def write(self, chain: Chain) -> None:
         """Whole or not at all."""
-        half = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        half = self.path.with_name(f"{self.path.name}.partial")
         tree = {"format": _FORMAT, "identity": self.identity, **chain.to_tree()}
         half.write_text(json.dumps(tree), encoding="utf-8")
         os.replace(half, self.path)

@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import replace
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -275,9 +276,9 @@ def test_a_chain_reads_back_as_it_was(found: dict) -> None:
 @pytest.mark.parametrize(("rows", "share"), [(2, 0.25), (6, 0.3), (64, 0.25), (5, 0.99)])
 def test_validation_rows_are_spread_evenly_and_leave_some(rows: int, share: float) -> None:
     held = held_back(rows, share)
-    assert held == sorted(set(held)) and 0 <= held[0] and held[-1] < rows
+    assert held == sorted(set(held)) and held[0] >= 0 and held[-1] < rows
     assert len(held) == min(max(1, round(rows * share)), rows - 1)
-    gaps = [b - a for a, b in zip(held, held[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(held)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
