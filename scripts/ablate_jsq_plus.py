@@ -64,7 +64,7 @@ class Pattern:
 
     def rows(self) -> Iterator[Row]:
         """All of them."""
-        for mode in ("compressed", "pruned", "block"):
+        for mode in ("compressed", "pruned", "block") if "ramp" in self.prune else ("compressed",):
             yield self.row("JSQ", f"propagate: {mode}", *JSQ, propagate=mode)
         yield from added(self)
         yield from removed(self)
@@ -99,11 +99,12 @@ def removed(pattern: Pattern) -> Iterator[Row]:
     without = {k: v for k, v in whole.items() if k != "ramp"}
     yield pattern.row("removed", "aim at the weights' own outputs", whole | OWN, SMOOTH, ROUND | OWN)
     yield pattern.row("removed", "no refit, no drop and grow", whole | {"refit": False, "grow": 0}, SMOOTH, ROUND)
-    yield pattern.row("removed", "no drop and grow", whole | {"grow": 0}, SMOOTH, ROUND)
-    yield pattern.row("removed", "8 rounds of drop and grow", whole | {"grow": 8}, SMOOTH, ROUND)
+    yield pattern.row("changed", "three times the drop and grow", whole | {"grow": 9}, SMOOTH, ROUND)
+    for score, name in ((JSQ[0], "JSQ's"), ({"method": "wanda"}, "Wanda's")):
+        yield pattern.row("changed", f"{name} mask, refitted, no drop and grow", score, SMOOTH, ROUND | {"refit": True})
     if "ramp" in whole:
         yield pattern.row("removed", "no ramp", without, SMOOTH, ROUND)
-        yield pattern.row("removed", "twice the ramp", whole | {"ramp": 2 * RAMP}, SMOOTH, ROUND)
+        yield pattern.row("changed", "twice the ramp", whole | {"ramp": 2 * RAMP}, SMOOTH, ROUND)
 
 
 def measure(row: Row, model: str, options: Options) -> dict[str, Any]:
