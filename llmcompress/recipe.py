@@ -8,9 +8,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +21,7 @@ from llmcompress.core.group import Method
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.structure import StructuredMethod
 from llmcompress.errors import UserError, nearest
+from llmcompress.fields import converted
 from llmcompress.methods import DEFAULT_METHOD, METHODS
 from llmcompress.resources import configs_dir
 
@@ -257,53 +257,8 @@ def _build_stage(kind: str, options: dict[str, object], where: str) -> Stage:
     if missing:
         raise UserError(f"method {name} needs '{missing[0]}'", where, f"add {missing[0]}: …")
     hints = typing.get_type_hints(cls)
-    values = {key: _convert(value, hints[key], key, where) for key, value in fields.items()}
+    values = {key: converted(value, hints[key], key, where) for key, value in fields.items()}
     return Stage(kind, name, cls(**values), fields)
-
-
-def _convert(value: object, hint: object, key: str, where: str) -> object:
-    """``value`` as the field's annotation wants it."""
-    where = f"{where}.{key}"
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if type(None) in options and value is None:
-        return None
-    kinds = [o for o in options if o is not type(None)]
-    parse = _parser(kinds, key)
-    if parse is not None:
-        try:
-            return parse(value)
-        except UserError as error:
-            raise UserError(error.what, where, error.fix) from None
-    for kind in kinds:
-        if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
-            return tuple(_convert(v, typing.get_args(kind)[0], key, where) for v in value)
-        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
-            return value
-        if isinstance(kind, type) and type(value) is kind:
-            return value
-    raise UserError(f"{value!r} is not {_spoken(hint)}", where)
-
-
-def _parser(kinds: list[object], key: str) -> Callable[[object], object] | None:
-    """What reads a field of a type that has a notation of its own."""
-    if Sparsity in kinds:
-        return Sparsity.parse
-    if QuantGrid in kinds:
-        return QuantGrid.parse_activations if key == "activations" else QuantGrid.parse_weights
-    return None
-
-
-def _spoken(hint: object) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_spoken(option) for option in typing.get_args(hint) if option is not type(None))
-    if typing.get_origin(hint) is typing.Literal:
-        if len(typing.get_args(hint)) == 1:
-            return str(typing.get_args(hint)[0])
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
-    return names.get(typing.cast(type, hint), f"a value of type {str(hint).replace('typing.', '')}")
 
 
 def _known(tree: dict[str, object], known: Iterable[str], where: str) -> None:

@@ -47,7 +47,7 @@ def test_replay_equals_suspended_in_bfloat16(tmp_path: Path) -> None:
     assert all(torch.equal(a.tensors[n], b.tensors[n]) for a, b in zip(one, two, strict=True) for n in a.tensors)
 
 
-def test_every_matrix_multiplies_every_calibration_token_once_but_the_last_which_nobody_waits_for(tmp_path: Path) -> None:
+def test_every_matrix_multiplies_every_token_once_but_the_last_which_nobody_waits_for(tmp_path: Path) -> None:
     model = BlockwiseModel(Checkpoint(tiny_folder(tmp_path)), torch.float32)
     seen: Counter[str] = Counter()
 
