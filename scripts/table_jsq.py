@@ -51,7 +51,7 @@ BUDGETS: dict[str, tuple[tuple[str, ...], str]] = {
     "W6A6": (("prune.sparsity=0", "quantize.weights=int6", "quantize.activations=int6"), "-w6a6"),
     "W6A6 + 50 %": (("prune.sparsity=0.5", "quantize.weights=int6", "quantize.activations=int6"), "-w6a6-50"),
     "W4A8 + 2:4": (("prune.sparsity=2:4", "quantize.weights=int4-g128"), "-w4a8-2of4"),
-    "85.94 %": (("prune.sparsity=0.8594",), ""),
+    "85.94 %": (("prune.sparsity=0.859375",), ""),
 }
 JOINT = tuple(budget for budget in BUDGETS if budget.startswith("W") and "+" in budget)
 
