@@ -91,14 +91,21 @@ class GPTQ(Method):
         set_activation_grid(group, stats, self.activations)
         set_output_grids(group, self.quantize_outputs)
         problem = Problem(self.damping, self.target, self.precision, self.refit, self.act_order)
-        C = stats.cross if self.target == "dense" else None
-        curvature = Curvature.of(group, self._gram(group, stats, rest), C, problem)
+        H = self._gram(group, stats, rest)
+        curvature = Curvature.of(group, H, self._cross(stats, H), problem)
         for matrix in group:
             if self.refit and matrix.keep is not None:
                 least = curvature.least_squares(curvature.aim(matrix))
                 refitted, _ = least.refit(curvature.ordered(matrix.keep), curvature.ordered(matrix.weight))
                 matrix.aim = matrix.weight = curvature.restored(refitted)
             self._sweep(matrix, curvature, sparsity, last=not rest)
+
+    def _cross(self, stats: InputStats, H: Tensor) -> Tensor | None:
+        """(in, in) C of the dense target. What rounding the inputs takes is not aimed at: where they round to zero most
+        of the time, hardly any weight would be large enough to bring it back, and its own rounding would be worse."""
+        if self.target != "dense":
+            return None
+        return stats.cross if self.activations is None else H + stats.cross - stats.gram
 
     def _gram(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...]) -> Tensor:
         return gram_for(stats, rest) if self.activations is None else run_time_gram(group, stats)

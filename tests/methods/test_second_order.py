@@ -271,3 +271,19 @@ def test_awq_leaves_inputs_that_cannot_be_folded():
 def test_awq_needs_a_grid():
     with pytest.raises(UserError, match="quantize stage"):
         run(AWQ())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_dense_target_is_the_weights_where_both_streams_are_one_though_inputs_are_rounded(bits):
+    grids = QuantGrid(bits), QuantGrid.parse_activations(f"int{bits}")
+    x = rows()
+    x[:, :3] *= 30  # the other inputs round to zero most of the time
+    found = {}
+    for target in ("compressed", "dense"):
+        method = GPTQ(*grids, target=target)
+        stats = InputStats(COLUMNS, method.needs)
+        stats.update(x, x)
+        group = MatrixGroup([Matrix("q", w) for w in originals()])
+        method.apply(group, stats)
+        found[target] = error(group, x)
+    assert found["dense"] == pytest.approx(found["compressed"], rel=0.02)
