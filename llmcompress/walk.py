@@ -225,8 +225,8 @@ class Walk:
     def _rehearsal(self, index: int, groups: list[InputGroup], lanes: list[Lane]) -> Rehearsal:
         modules = [lane.model.blocks[index].module for lane in lanes]
         return Rehearsal(
-            index, self.model.blocks[index].name, self._spans[index], modules[0], groups, self.recipe.targets, lanes[0].forwards,
-            (modules[-1], lanes[-1].forwards), self.model.checkpoint.dtype, self.progress.note,
+            index, self.model.blocks[index].name, self._spans[index], modules[0], groups, self.recipe.targets,
+            lanes[0].forwards, (modules[-1], lanes[-1].forwards), self.model.checkpoint.dtype, self.progress.note,
         )  # fmt: skip
 
     def _serve(
