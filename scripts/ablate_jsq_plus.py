@@ -125,8 +125,14 @@ def _place(record: dict[str, Any]) -> tuple[str, str, str]:
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """The table, one section per pattern."""
-    lines = ["# Ablation of jsq-plus", "", f"`{records[0]['settings']}`, W8A8, one seed.", ""]
-    for pattern in PATTERNS:
+    settings = records[0]["settings"]
+    lines = [
+        "# Ablation of jsq-plus",
+        "",
+        f"{settings['model']}, W8A8, calibrated on {settings['calibration']}, judged on",
+    ]
+    lines += [f"{settings['eval_text']}; one seed. Made by `scripts/ablate_jsq_plus.py`, which resumes.", ""]
+    for pattern in (p for p in PATTERNS if any(r["pattern"] == p.name for r in records)):
         lines += [f"## {pattern.name}", "", "| part | change | perplexity | KL |", "|---|---|---:|---:|"]
         found = [r for r in records if r["pattern"] == pattern.name]
         lines += [f"| {r['part']} | {r['change']} | {r['perplexity']:.3f} | {r['kl']:.4f} |" for r in found]
