@@ -17,7 +17,7 @@ def markdown(found: dict[str, Any]) -> str:
     """One table per budget, methods in the order of their divergence on the first text; spread is one deviation."""
     dense, cells = found["dense"], found["cells"]
     texts = list(dense["texts"])
-    lines = [f"# {dense['model']}, methods by budget", "", *_preamble(dense, cells), ""]
+    lines = [f"# {Path(dense['model']).name}, methods by budget", "", *_preamble(dense, cells), ""]
     for budget in _in_order(cells, "budget"):
         lines += [f"## {budget}", "", *_header(texts)]
         here = [c for c in cells if c["budget"] == budget]
@@ -101,7 +101,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     for panel, text in zip(panels, texts, strict=True):
         _panel(panel, text, cells, budgets, methods)
     panels[-1].set_xticks(range(len(budgets)), budgets, rotation=20, ha="right")
-    panels[0].set_title(f"{found['dense']['model']}: what is lost at each budget", loc="left")
+    panels[0].set_title(f"{Path(found['dense']['model']).name}: what is lost at each budget", loc="left")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(file, dpi=150)
