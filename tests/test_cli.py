@@ -369,8 +369,8 @@ def test_an_internal_failure_leaves_nothing(
 def test_an_internal_failure_exits_with_one_and_a_traceback(tmp_path: Path) -> None:
     script = """
 import runpy
-from llmcompress import cli
-cli.COMMANDS["compress"] = lambda arguments: 1 / 0
+from llmcompress.commands import compress
+compress.run = lambda arguments: 1 / 0
 runpy.run_module("llmcompress", run_name="__main__")
 """
     done = python(script, tmp_path)
