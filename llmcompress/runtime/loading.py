@@ -13,25 +13,38 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmcompress.errors import UserError
+from llmcompress.errors import UserError, nearest
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
+#: how the quantized matrices of a folder are multiplied
+RUNTIMES = ("auto", "int8", "int4", "dense")
+
+
 def load(
-    folder: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    runtime: str = "auto",
 ) -> PreTrainedModel:
     """The causal language model of ``folder``, in evaluation mode.
 
     Args:
         folder: a checkpoint folder, compressed or not.
+        runtime: one of RUNTIMES.
         dtype: e.g. ``torch.bfloat16`` or ``"bfloat16"``; that of the checkpoint if None.
         device: where to put it.
 
     Raises:
-        UserError: no folder, no checkpoint in it, pickle weights only, a missing or damaged shard, an unknown dtype.
+        UserError: no folder, no checkpoint in it, pickle weights only, a missing or damaged shard, an unknown dtype or
+            runtime.
     """
     folder = Path(folder)
+    if runtime not in RUNTIMES:
+        raise UserError(f"unknown runtime '{runtime}'", "runtime", nearest(runtime, RUNTIMES))
+    if runtime in ("int8", "int4"):
+        raise UserError(f"no {runtime} kernels", "runtime", "use auto or dense")
     check_checkpoint(folder)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype), local_files_only=True)
     return model.to(device).eval()
