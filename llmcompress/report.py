@@ -59,22 +59,26 @@ class GroupReport:
         folded: whether smoothing was folded into the producing norm; None if no stage smooths.
         fold_refusal: why it was not.
         figures: a method's numbers: clip ratio, damping, α.
+        inputs: how large they get: ``channels``, profiles ``before`` and ``after`` smoothing (see
+            `llmcompress.core.profile`; the second only where there was one) and the ``outlier_ratio`` of each.
     """
 
     name: str
     folded: bool | None = None
     fold_refusal: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class BlockReport:
-    """One decoder block."""
+    """One decoder block; ``peak_memory_bytes`` is the highest memory up to its end."""
 
     name: str
     seconds: float = 0.0
     matrices: list[MatrixReport] = field(default_factory=list)
     groups: list[GroupReport] = field(default_factory=list)
+    peak_memory_bytes: int | None = None
 
     @property
     def sparsity(self) -> float:

@@ -20,10 +20,11 @@ from torch import Tensor
 from llmcompress.commit import Outcome, relative_errors
 from llmcompress.core.grid import Levels, QuantGrid
 from llmcompress.core.group import Matrix, MatrixGroup, run_methods
+from llmcompress.core.profile import channel_peaks, described
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
-from llmcompress.measure import Phases, release_freed_memory
+from llmcompress.measure import Phases, peak_memory_bytes, release_freed_memory
 from llmcompress.methods.unrounded import keeping_unrounded
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel, micro_batches
@@ -158,6 +159,7 @@ class Walk:
                     found = map_block(block, lanes[0].probe.call)
                 finished = self._compress(index, found, lanes)
                 finished.report.seconds = time.perf_counter() - started
+                finished.report.peak_memory_bytes = peak_memory_bytes(self.model.device)
                 self.progress.end_block(finished.report.sparsity)
                 yield finished
                 for model in models:
@@ -237,6 +239,7 @@ class Walk:
         rows, dense_rows = ([reader.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
         _require_finite(group.name, rows)
         work = outcome.working_copies(group, [view.name for view in views])
+        peaks = channel_peaks(rows)
         stats = InputStats(group.width, self._needs, device=rows[0].device, length=self.tokens.shape[1])
         for x, dense in zip(rows, dense_rows, strict=True):
             stats.update(x, dense)
@@ -247,7 +250,7 @@ class Walk:
         for matrix, error in zip(work.matrices, errors, strict=True):
             report.matrices.append(outcome.report(matrix, error))
             self.progress.matrix(matrix.name, error)
-        report.groups.append(self._group_report(group, work))
+        report.groups.append(self._group_report(group, work, peaks))
         self.warnings += work.warnings
         return work
 
@@ -259,11 +262,12 @@ class Walk:
             if matrix.outputs is not None:
                 way.output_rounding[self.model.model.get_submodule(matrix.name)] = _rounding(matrix.outputs)
 
-    def _group_report(self, group: InputGroup, work: MatrixGroup) -> GroupReport:
+    def _group_report(self, group: InputGroup, work: MatrixGroup, peaks: Tensor) -> GroupReport:
+        inputs = described(peaks, work.smoothing)
         if not self._smooths and work.smoothing is None:
-            return GroupReport(group.name, figures=work.figures)
+            return GroupReport(group.name, figures=work.figures, inputs=inputs)
         folded = work.smoothing is not None
-        return GroupReport(group.name, folded, "" if folded else group.fold_refusal, work.figures)
+        return GroupReport(group.name, folded, "" if folded else group.fold_refusal, work.figures, inputs)
 
     def _note_unreached(self, found: BlockMap, groups: list[InputGroup], served: set[int]) -> None:
         missed = [m.name for number, group in enumerate(groups) if number not in served for m in group.matrices]
