@@ -263,11 +263,10 @@ class Walk:
                 way.output_rounding[self.model.model.get_submodule(matrix.name)] = _rounding(matrix.outputs)
 
     def _group_report(self, group: InputGroup, work: MatrixGroup, peaks: Tensor) -> GroupReport:
-        inputs = described(peaks, work.smoothing)
-        if not self._smooths and work.smoothing is None:
-            return GroupReport(group.name, figures=work.figures, inputs=inputs)
-        folded = work.smoothing is not None
-        return GroupReport(group.name, folded, "" if folded else group.fold_refusal, work.figures, inputs)
+        smooths = self._smooths or work.smoothing is not None
+        folded = work.smoothing is not None if smooths else None
+        refusal = group.fold_refusal if folded is False else ""
+        return GroupReport(group.name, folded, refusal, work.figures, described(peaks, work.smoothing))
 
     def _note_unreached(self, found: BlockMap, groups: list[InputGroup], served: set[int]) -> None:
         missed = [m.name for number, group in enumerate(groups) if number not in served for m in group.matrices]
