@@ -36,11 +36,11 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     QuantizationType,
 )
-from compressed_tensors.utils.match import match_name
 from torch import Tensor, nn
 
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.errors import UserError
+from llmcompress.export.library import library_schemes
 
 INT_QUANTIZED = CompressionFormat.int_quantized.value
 PACK_QUANTIZED = CompressionFormat.pack_quantized.value
@@ -219,28 +219,7 @@ def schemes_of(config: Mapping[str, Any], linear_names: Iterable[str]) -> dict[s
     Raises:
         UserError: not an integer compressed-tensors checkpoint.
     """
-    where = "quantization_config"
-    if config.get("quant_method") != "compressed-tensors":
-        raise UserError(f"quantized by {config.get('quant_method')}", where, "use a compressed-tensors checkpoint")
-    try:
-        parsed = QuantizationConfig.model_validate(dict(config))
-    except ValueError as error:
-        raise UserError(f"unreadable ({str(error).splitlines()[0]})", where) from error
-    schemes = {}
-    groups = list(parsed.config_groups.values())
-    targets = sorted({t: g for g in groups for t in g.targets}.items(), key=lambda item: _precedence(item[0]))
-    for name in linear_names:
-        if any(ignored == "Linear" or match_name(name, ignored) for ignored in parsed.ignore or ()):
-            continue
-        group = next((g for target, g in targets if target == "Linear" or match_name(name, target)), None)
-        if group is not None and group.weights is not None:
-            schemes[name] = _own_scheme(group, parsed.format)
-    return schemes
-
-
-def _precedence(target: str) -> tuple[int, str]:
-    """The library's order: exact names, then patterns, then class names."""
-    return (2 if target == "Linear" else "re:" in target), target
+    return {name: _own_scheme(group) for name, group in library_schemes(config, linear_names).items()}
 
 
 def _family(name: str) -> str:
@@ -270,8 +249,8 @@ def _library_args(grid: QuantGrid) -> QuantizationArgs:
     )
 
 
-def _own_scheme(group: QuantizationScheme, format: str) -> Scheme:
-    container = group.format or format
+def _own_scheme(group: QuantizationScheme) -> Scheme:
+    container = CompressionFormat(group.format).value
     if container not in READABLE_FORMATS:
         raise UserError(
             f"format {container} is not read", "quantization_config", f"known: {', '.join(READABLE_FORMATS)}"

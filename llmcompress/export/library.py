@@ -1,0 +1,47 @@
+"""The quantization scheme of each Linear, as the compressed-tensors library itself describes it; any format it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils.match import match_name
+
+from llmcompress.errors import UserError
+
+_WHERE = "quantization_config"
+
+
+def library_schemes(config: Mapping[str, Any], linear_names: Iterable[str]) -> dict[str, QuantizationScheme]:
+    """The library's scheme of each quantized Linear by name, its ``format`` filled in.
+
+    Raises:
+        UserError: not a compressed-tensors checkpoint.
+    """
+    if config.get("quant_method") != "compressed-tensors":
+        raise UserError(f"quantized by {config.get('quant_method')}", _WHERE, "use a compressed-tensors checkpoint")
+    try:
+        parsed = QuantizationConfig.model_validate(dict(config))
+        groups = [
+            group.model_copy(update={"format": CompressionFormat(group.format or parsed.format)})
+            for group in parsed.config_groups.values()
+            if isinstance(group, QuantizationScheme) and group.weights is not None
+        ]
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"unreadable ({str(error).splitlines()[0][:200]})", _WHERE) from error
+    targets = sorted({t: g for g in groups for t in g.targets}.items(), key=lambda item: _precedence(item[0]))
+    schemes = {}
+    for name in linear_names:
+        if any(ignored == "Linear" or match_name(name, ignored) for ignored in parsed.ignore or ()):
+            continue
+        group = next((g for target, g in targets if target == "Linear" or match_name(name, target)), None)
+        if group is not None:
+            schemes[name] = group
+    return schemes
+
+
+def _precedence(target: str) -> tuple[int, str]:
+    """The library's order: exact names, then patterns, then class names."""
+    return (2 if target == "Linear" else "re:" in target), target
