@@ -143,11 +143,14 @@ class MatrixGroup:
 
     def output_error(self, x: Tensor, originals: list[Tensor]) -> float:
         """Σ over matrices of ‖X Wᵀ − X̂ Qᵀ‖² for raw rows ``x`` (tokens, in) and dense weights (out, in) each."""
-        seen = self.inputs_at_run_time(x)
-        return sum(
-            float((x @ dense.T - seen @ matrix.weight.T).square().sum())
-            for matrix, dense in zip(self.matrices, originals, strict=True)
-        )
+        return float(self.output_errors(x, originals).sum())
+
+    def output_errors(self, x: Tensor, originals: list[Tensor]) -> Tensor:
+        """`output_error` by token, (tokens,) float32."""
+        seen, errors = self.inputs_at_run_time(x), x.new_zeros(len(x))
+        for matrix, dense in zip(self.matrices, originals, strict=True):
+            errors += (x @ dense.T - seen @ matrix.weight.T).square().sum(1)
+        return errors
 
 
 class Method:

@@ -7,7 +7,8 @@ exact for the rows and outputs in the sample. Trials are fitted to other rows th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from llmcompress.core.stats import InputStats
 FIT_TOKENS, HELD_TOKENS, TRIAL_OUTPUTS = 2048, 512, 1024
 #: fits of all trials together use at most this share of the rows
 FIT_SHARE = 0.5
+#: standard errors by which a choice has to beat the plain one
+NOISE = 2.0
+
+Choice = TypeVar("Choice", bound=Hashable)
 
 
 class Trials:
@@ -45,8 +50,9 @@ class Trials:
         decide: Callable[[Matrix], None] = lambda matrix: None,
         clip: float = math.inf,
         smoothing: Tensor | None = None,
-    ) -> float:
-        """Relative output error after ``decide`` on each sampled matrix and the steps that follow.
+    ) -> Tensor:
+        """Output error after ``decide`` on each sampled matrix and the steps that follow, by held-back token; their
+        sum is relative to the outputs' energy. (tokens,) float32.
 
         Args:
             decide: changes a matrix of at most `TRIAL_OUTPUTS` outputs, every ``stride(outputs)``-th of the whole.
@@ -59,7 +65,22 @@ class Trials:
         for matrix in trial:
             decide(matrix)
         run_methods(self.rest, trial, stats)
-        return trial.output_error(self.held, self.originals) / max(self.energy, torch.finfo(torch.float32).tiny)
+        return trial.output_errors(self.held, self.originals) / max(self.energy, torch.finfo(torch.float32).tiny)
+
+
+def clearly_least(errors: dict[Choice, Tensor], plain: Choice) -> Choice:
+    """The choice of least error, where it beats the ``plain`` one by more than the noise; else the plain one.
+
+    The noise is `NOISE` standard errors of the sum over tokens of the difference between the two, a paired test: what
+    wins on a few hundred tokens by less is as likely to lose on others.
+
+    Args:
+        errors: (tokens,) of each choice, of the same tokens.
+    """
+    best = min(errors, key=lambda choice: float(errors[choice].sum()))
+    gain = (errors[plain] - errors[best]).double()
+    noise = NOISE * float(gain.std(correction=1)) * math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+    return best if float(gain.sum()) > noise else plain
 
 
 def stride(outputs: int) -> int:

@@ -7,7 +7,8 @@ The paper anneals one c per block on validation perplexity, at some 200 compress
 ``search: annealing``, which the run does before its walk (see `llmcompress.annealing`).
 
 Departure, and default: each group takes the candidate with the least output error on held-back rows, after the steps
-that follow have run on a sample of the rows: ‖X Wᵀ − X̂ Qᵀ‖², exact for the rows and outputs in the sample."""
+that follow have run on a sample of the rows: ‖X Wᵀ − X̂ Qᵀ‖², exact for the rows and outputs in the sample; the first
+candidate, unless another is better by more than the noise."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from llmcompress.core.block import BlockView
 from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.stats import InputStats
-from llmcompress.core.trial import Trials, gather
+from llmcompress.core.trial import Trials, clearly_least, gather
 from llmcompress.errors import UserError
 
 #: what only `annealing` reads
@@ -107,7 +108,8 @@ class Clip(Method):
         return gather(stats, stats.rows, needs, limits[best])
 
     def _choose(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...], limits: list[float]) -> int:
-        """Index of the candidate whose trial has the least error on held-back rows; notes all errors."""
+        """Index of the candidate whose trial has the least error on held-back rows, the first unless another is
+        clearly better; notes all errors."""
         trials = Trials(group, stats, rest, len(limits))
         if not len(trials.fit):
             group.warnings.append(
@@ -117,9 +119,10 @@ class Clip(Method):
         top = float(trials.fit.abs().max())
         seen = [limit if limit < top else math.inf for limit in limits]  # candidates that clamp alike share a trial
         errors = {limit: trials.error(clip=limit) for limit in dict.fromkeys(seen)}
-        relative = [errors[limit] for limit in seen]
-        group.figures["clip_errors"] = {f"{c:g}": e for c, e in zip(self.candidates, relative, strict=True)}
-        return min(range(len(relative)), key=relative.__getitem__)
+        group.figures["clip_errors"] = {
+            f"{c:g}": float(errors[limit].sum()) for c, limit in zip(self.candidates, seen, strict=True)
+        }
+        return seen.index(clearly_least(errors, plain=seen[0]))
 
 
 def clip_limits(rows: list[Tensor], ratios: tuple[float, ...]) -> list[float]:

@@ -8,9 +8,9 @@ Clipping, smoothing and rounding, the other steps of the paper, are stages of th
 Departures: SS is exact over all calibration tokens (the released code averages samples first); ρ is stated per
 token, so that it means the same for any number and length of samples (the paper's 2.1 goes with ‖X_j‖ over
 sequences of 2048 tokens divided by the number of sequences: 2.1 / √2048); ``rho: auto`` takes for each input the ρ
-whose result, after the steps that follow, has the least output error on held-back rows. (Averaging N samples
-shrinks their range about √N-fold, so the released code's ρ of 2.1 acts like 2.1 / √(2048 N) here.) SS is ranked
-without range(Y_i), which is common to a row."""
+whose result, after the steps that follow, has the least output error on held-back rows, and 0 where none is clearly
+better. (Averaging N samples shrinks their range about √N-fold, so the released code's ρ of 2.1 acts like
+2.1 / √(2048 N) here.) SS is ranked without range(Y_i), which is common to a row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.salience import CentredRows, averaged_samples, range_excess
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
-from llmcompress.core.trial import Trials, stride
+from llmcompress.core.trial import Trials, clearly_least, stride
 from llmcompress.errors import UserError
 from llmcompress.methods.wanda import Wanda
 
@@ -85,7 +85,7 @@ class JSQ(Method):
     def _choose_rho(
         self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...], excess: dict[str, Tensor]
     ) -> float:
-        """The ρ with the least error on held-back rows; notes all errors."""
+        """The ρ with the least error on held-back rows, 0 unless another is clearly better; notes all errors."""
         # one fit: the masks are of all rows, and only the steps that follow are fitted
         trials = Trials(group, stats, rest, number=1)
         if not len(trials.fit):
@@ -93,9 +93,9 @@ class JSQ(Method):
             return 0.0
         rms = stats.rms
 
-        def error(rho: float) -> float:
+        def error(rho: float) -> Tensor:
             return trials.error(lambda m: self._prune(m, rms, excess[m.name][:: stride(len(excess[m.name]))], rho))
 
         errors = {rho: error(rho) for rho in AUTO_RHO}
-        group.figures["rho_errors"] = {f"{rho:.2g}": e for rho, e in errors.items()}
-        return min(errors, key=errors.__getitem__)
+        group.figures["rho_errors"] = {f"{rho:.2g}": float(e.sum()) for rho, e in errors.items()}
+        return clearly_least(errors, plain=0.0)

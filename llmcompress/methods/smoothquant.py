@@ -64,9 +64,9 @@ class SmoothQuant(Method):
         if not len(trials.fit):
             group.warnings.append(f"{group.name}: {stats.count} rows are too few to choose alpha; took {DRAFT_ALPHA}")
             return DRAFT_ALPHA
-        errors: dict[float | None, float] = {None: trials.error()}
+        errors: dict[float | None, float] = {None: float(trials.error().sum())}
         for alpha in AUTO_ALPHA:
-            errors[alpha] = trials.error(smoothing=_scale(group, stats.absmax, alpha))
+            errors[alpha] = float(trials.error(smoothing=_scale(group, stats.absmax, alpha)).sum())
         group.figures["alpha_errors"] = {"none" if a is None else f"{a:g}": e for a, e in errors.items()}
         return min(errors, key=errors.__getitem__)
 

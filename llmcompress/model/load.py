@@ -152,6 +152,12 @@ class BlockwiseModel:
         """The name on disk of a parameter ``module.weight``."""
         return self.source_names[parameter][0]
 
+    def stored_tensors(self, module: str) -> dict[str, Tensor]:
+        """What is stored of a quantized matrix, by name within it (``weight_scale`` …), its bias left out."""
+        parts = {t.removeprefix(module + "."): s[0] for t, s in self.source_names.items() if _is_part(t, module)}
+        read = self.checkpoint.read(parts.values())
+        return {suffix: read[source] for suffix, source in parts.items()}
+
     def _block_parameters(self) -> Iterator[str]:
         for block in self.blocks:
             yield from (f"{block.name}.{name}" for name, _ in block.module.named_parameters())
@@ -227,9 +233,7 @@ class BlockwiseModel:
         return value.to(self.dtype) if value.is_floating_point() else value
 
     def _read_quantized(self, module: str) -> Tensor:
-        parts = {t.removeprefix(module + "."): s[0] for t, s in self.source_names.items() if _is_part(t, module)}
-        read = self.checkpoint.read(parts.values())
-        return self._unpack(module, {suffix: read[source] for suffix, source in parts.items()})
+        return self._unpack(module, self.stored_tensors(module))
 
     def _unpack(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:
         levels = unpack_activations(tensors)
