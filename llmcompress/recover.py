@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.errors import UserError
-from llmcompress.export.checkpoint import COMPANIONS, REMOTE_CODE, CheckpointWriter
+from llmcompress.export.checkpoint import CheckpointWriter
+from llmcompress.export.companions import COMPANIONS, REMOTE_CODE
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import is_matrix

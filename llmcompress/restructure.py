@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llmcompress.core.structure import Kept, StructuredMethod
 from llmcompress.errors import UserError
-from llmcompress.export.checkpoint import COMPANIONS, REMOTE_CODE, CheckpointWriter
+from llmcompress.export.checkpoint import CheckpointWriter
+from llmcompress.export.companions import COMPANIONS, REMOTE_CODE
 from llmcompress.model.checkpoint import Checkpoint, require_finite
 from llmcompress.model.coupling import Coupling, changed_network, find_couplings, removal_error, tolerance
 from llmcompress.model.gradients import Gradient, block_gradients

@@ -16,7 +16,8 @@ from llmcompress.calibration import Calibration, evaluation_rows, token_rows
 from llmcompress.errors import UserError, nearest
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.card import model_card
-from llmcompress.export.checkpoint import COMPANIONS, REMOTE_CODE, CheckpointWriter
+from llmcompress.export.checkpoint import CheckpointWriter
+from llmcompress.export.companions import COMPANIONS, REMOTE_CODE
 from llmcompress.export.destination import RECORD, check_disk_space
 from llmcompress.export.quantized import Scheme, quantization_config, storage_note
 from llmcompress.measure import Phases, peak_memory_bytes, versions

@@ -1,9 +1,10 @@
 """The output folder: safetensors shards written one decoder block at a time, under the final name only when complete.
 
-Everything is written into a hidden folder beside the final name, on the same file system, so that one rename publishes
+Everything is written into another folder beside the final name, on the same file system, so that one rename publishes
 it. Until then, and after any failure, nothing exists under the final name (or, with ``force``, the old folder does).
 
-One shard at a time is written in the background, while the next block is compressed: disks are slow."""
+One shard at a time is written in the background, while the next block is compressed: disks are slow. A shard counts as
+finished once it is forced to disk; a writer can begin with the finished shards of one that was killed."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -22,65 +24,72 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import UserError
-from llmcompress.export.destination import RECORD, check_output, remove_abandoned
+from llmcompress.export.companions import COMPANIONS, companions
+from llmcompress.export.destination import check_output, remove_abandoned, remove_empty, sync
 
 SHARD_BYTES = 5_000_000_000
 """A larger ``add`` is split: the size hubs and loaders are used to."""
 
-COMPANIONS = (
-    "tokenizer*",  # tokenizer.json, tokenizer_config.json, tokenizer.model
-    "vocab*",
-    "merges*",
-    "*.model",  # sentencepiece
-    "*.tiktoken",
-    "special_tokens_map*",
-    "added_tokens*",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",  # a compressed model is a derivative: its licence travels with it
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""Patterns of the files that a checkpoint needs beside its weights and that compression does not change."""
+REPLACED = "replaced"
+"""Beside a ``folder`` that somebody else keeps: the old output, between its replacement and its removal."""
 
-REMOTE_CODE = ("*.py",)
-"""What a model with code of its own needs too."""
 
-NEVER_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".pkl")
-"""Endings of weight files; no pattern brings them along."""
+@dataclass(frozen=True)
+class Shard:
+    """One finished file.
+
+    Attributes:
+        names: of its tensors.
+        sha256: of the file.
+        nbytes: of its tensors.
+    """
+
+    names: list[str]
+    sha256: str
+    nbytes: int
 
 
 class CheckpointWriter:
     """Writes one checkpoint folder; use as a context manager and call ``finish`` (or ``seal``, ``publish``) last.
 
     Leaving the context before, or by an exception, removes everything that was written; a disk that filled up leaves it
-    as a `UserError`. What a killed process left behind is removed when the next one enters.
+    as a `UserError`. What a killed process left behind is removed when the next one enters. A ``folder`` that somebody
+    else keeps is not removed, and its errors come through as they are.
 
     Args:
         output: final name of the folder.
         force: replace an earlier output of this program.
         source: folder of the input model, which is never replaced.
         shard_bytes: split a call of ``add`` above this many bytes of tensors.
+        folder: where to write until it is published, on the file system of ``output``; None for a hidden one.
+        finished: shards in ``folder`` that count as added; whatever else is there is removed.
     """
 
     def __init__(
-        self, output: Path, force: bool = False, source: Path | None = None, shard_bytes: int = SHARD_BYTES
+        self,
+        output: Path,
+        force: bool = False,
+        source: Path | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        folder: Path | None = None,
+        finished: Sequence[Shard] = (),
     ) -> None:
         self.output, self.force, self.source, self.shard_bytes = Path(output).absolute(), force, source, shard_bytes
-        self.partial = self.output.parent / f".{self.output.name}.partial-{os.getpid()}"
-        self.total_bytes = 0  # of all tensors so far
-        self._shards: list[list[str]] = []  # tensor names of each shard
-        self._digests: list[str] = []
+        self.partial = folder or self.output.parent / f".{self.output.name}.partial-{os.getpid()}"
+        self.shards = list(finished)
+        self.total_bytes = sum(shard.nbytes for shard in finished)  # of all tensors so far
+        self._kept = folder is not None
+        self._shards = [shard.names for shard in finished]  # tensor names of each shard
         self._background = ThreadPoolExecutor(max_workers=1)
-        self._writing: Future[str] | None = None  # the last shard's digest
-        self._names: set[str] = set()
+        self._writing: list[Future[None]] = []
+        self._names = {name for shard in finished for name in shard.names}
         self._made_parents: list[Path] = []
         self._sealed = False
 
     def __enter__(self) -> CheckpointWriter:
+        if self._kept:
+            self._take_up()
+            return self
         check_output(self.output, self.force, self.source)
         missing = [self.output.parent, *self.output.parent.parents]
         self._made_parents = [folder for folder in missing if not folder.exists()]
@@ -93,14 +102,12 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._background.shutdown()
-        failure = self._writing.exception() if self._writing and error is None else None
-        if self.partial.exists():
+        self._background.shutdown(cancel_futures=error is not None)
+        failure = self._failure() if error is None else None
+        if self.partial.exists() and not self._kept:
             shutil.rmtree(self.partial, ignore_errors=True)
-            for folder in self._made_parents:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-        if _is_full_disk(error or failure):
+            remove_empty(self._made_parents)
+        if not self._kept and is_full_disk(error or failure):
             raise UserError("the disk is full", str(self.output), "free some space or choose another --output") from (
                 error or failure
             )
@@ -119,7 +126,7 @@ class CheckpointWriter:
     def hashes(self) -> dict[str, str]:
         """sha256 of each shard by its final name; call it after the last ``add``."""
         self._await_writing()
-        return dict(zip(self.shard_names, self._digests, strict=True))
+        return dict(zip(self.shard_names, (shard.sha256 for shard in self.shards), strict=True))
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Writes ``tensors`` as one shard (several if too large) once the shard before is written, in the background;
@@ -136,10 +143,16 @@ class CheckpointWriter:
         for names in _split(tensors, self.shard_bytes):
             self._await_writing()
             path = self.partial / _temporary(len(self._shards))
-            self._writing = self._background.submit(_write_shard, path, _plain(tensors, names))
+            nbytes = sum(tensors[name].nbytes for name in names)
+            self._writing.append(self._background.submit(self._write_shard, path, _plain(tensors, names), nbytes))
             self._shards.append(names)
             self._names.update(names)
-            self.total_bytes += sum(tensors[name].nbytes for name in names)
+            self.total_bytes += nbytes
+
+    def then(self, job: Callable[[], None]) -> None:
+        """Runs a job in the background once everything added so far is on disk; ``shards`` then tells of it. What goes
+        wrong in it is raised by the next call of a method."""
+        self._writing.append(self._background.submit(job))
 
     def seal(
         self, files: Mapping[str, str | bytes], copy_from: Path | None = None, copy: Iterable[str] = COMPANIONS
@@ -152,11 +165,11 @@ class CheckpointWriter:
             copy: patterns of the files to copy from there.
         """
         self._await_writing()
-        for source in _matching(copy_from, copy) if copy_from else ():
+        for source in companions(copy_from, copy) if copy_from else ():
             target = self.partial / source.relative_to(copy_from or "")
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)
-            _sync(target)
+            sync(target)
         for i, name in enumerate(self.shard_names):
             (self.partial / _temporary(i)).rename(self.partial / name)
         self._sealed = True
@@ -175,7 +188,7 @@ class CheckpointWriter:
             raise ValueError("publish follows seal")
         for name, content in (files or {}).items():
             self._write(name, content)
-        _sync(self.partial)
+        sync(self.partial)
         check_output(self.output, self.force, self.source)
         self._replace()
 
@@ -188,14 +201,39 @@ class CheckpointWriter:
 
     def _await_writing(self) -> None:
         """Waits until the last shard is on disk, and raises what kept it from getting there."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            self._digests.append(writing.result())
+        failure = self._failure()
+        if failure is not None:
+            raise failure
+
+    def _failure(self) -> BaseException | None:
+        writing, self._writing = self._writing, []
+        return next((error for job in writing if (error := job.exception())), None)
+
+    def _write_shard(self, path: Path, tensors: dict[str, Tensor], nbytes: int) -> None:
+        save_file(tensors, path, {"format": "pt"})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+        sync(path)
+        self.shards.append(Shard(list(tensors), sha256(path), nbytes))
+
+    def _take_up(self) -> None:
+        """Leaves in the folder the finished shards alone, under the names they have while others follow."""
+        self.partial.mkdir(exist_ok=True)
+        for index in range(len(self.shards)):
+            temporary = self.partial / _temporary(index)
+            sealed = [*self.partial.glob(f"model-{index + 1:05d}-of-*.safetensors"), self.partial / "model.safetensors"]
+            if not temporary.exists():
+                next(file for file in sealed if file.exists()).rename(temporary)
+        stays = {_temporary(index) for index in range(len(self.shards))}
+        for path in self.partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in stays:
+                path.unlink()
 
     def _write(self, name: str, content: str | bytes) -> None:
         path = self.partial / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(path)
+        sync(path)
 
     def _index(self) -> str:
         where = {name: file for names, file in zip(self._shards, self.shard_names, strict=True) for name in names}
@@ -204,7 +242,8 @@ class CheckpointWriter:
 
     def _replace(self) -> None:
         """Renames the old folder away, the new one in, and only then deletes the old one."""
-        old = self.output.parent / f".{self.output.name}.replaced-{os.getpid()}"
+        own = self.output.parent / f".{self.output.name}.replaced-{os.getpid()}"
+        old = self.partial.parent / REPLACED if self._kept else own
         replacing = self.output.exists()
         if replacing:
             self.output.rename(old)
@@ -214,21 +253,13 @@ class CheckpointWriter:
             if replacing:
                 old.rename(self.output)
             raise
-        _sync(self.output.parent)
+        sync(self.output.parent)
         if replacing:
             shutil.rmtree(old)
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Writes one file and returns its sha256."""
-    save_file(tensors, path, {"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
-    _sync(path)
-    return _sha256(path)
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    """The safetensors library tells the system's error in words only."""
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether that is what an error tells; the safetensors library tells the system's errors in words only."""
     if isinstance(error, SafetensorError):
         return f"os error {errno.ENOSPC}" in str(error)
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -265,21 +296,8 @@ def _plain(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Ten
     return plain
 
 
-def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.suffix not in NEVER_COPIED and path.name != RECORD)
-
-
-def _sync(path: Path) -> None:
-    """Forces a file or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from llmcompress.errors import UserError
@@ -71,6 +72,22 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
     for folder in parent.glob(f"{glob.escape(prefix)}*"):
         if not _runs(folder.name.removeprefix(prefix)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes those of the folders that are empty, in this order."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _runs(pid: str) -> bool:

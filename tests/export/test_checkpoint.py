@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llmcompress.errors import UserError
-from llmcompress.export.checkpoint import REMOTE_CODE, CheckpointWriter
+from llmcompress.export.checkpoint import CheckpointWriter
+from llmcompress.export.companions import REMOTE_CODE
 from llmcompress.export.destination import check_disk_space, check_output
 from llmcompress.runtime.loading import load
 
