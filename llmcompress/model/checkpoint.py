@@ -16,6 +16,9 @@ from torch import Tensor
 
 from llmcompress.errors import UserError
 
+INDEX = "model.safetensors.index.json"
+"""The file that says which shard holds which tensor."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -87,6 +90,12 @@ class Checkpoint:
                     found[name] = handle.get_tensor(name)
         return found
 
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Copies part of a tensor into memory: from ``first`` to before ``last`` along its first axis."""
+        with safe_open(self.folder / self.tensors[name].file, framework="pt", backend="pread") as handle:
+            part: Tensor = handle.get_slice(name)[first:last]
+            return part
+
     def in_chunks(self, names: Iterable[str], limit: int = 2**27) -> Iterator[list[str]]:
         """The names in lists of about ``limit`` bytes together, so that copying takes no more memory than that."""
         chunk: list[str] = []
@@ -99,10 +108,9 @@ class Checkpoint:
             yield chunk
 
     def _shards(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX
         if index.is_file():
-            weight_map: dict[str, str] = _read_json(index).get("weight_map", {})
-            files = [self.folder / name for name in sorted(set(weight_map.values()))]
+            files = [self.folder / name for name in sorted(_named_files(index))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise UserError(
@@ -119,6 +127,22 @@ class Checkpoint:
                 "convert them to safetensors first: only safetensors is read",
             )  # fmt: skip
         raise UserError("no weights (*.safetensors)", str(self.folder), "give a complete model folder")
+
+
+def inside(name: str) -> bool:
+    """Whether a file name taken from a file is no more than a name: no folder, no ``..``, nothing hidden in it."""
+    return bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", ":", "\0"}
+
+
+def _named_files(index: Path) -> set[str]:
+    """The shards that an index names."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError("has no weight_map of file names", str(index), "fetch the folder again")
+    for name in weight_map.values():
+        if not inside(name) or not name.endswith(".safetensors"):
+            raise UserError(f"names {name!r}, which is no safetensors file of this folder", str(index), "do not use it")
+    return set(weight_map.values())
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
