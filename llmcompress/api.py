@@ -17,7 +17,8 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.recover import recovery_bytes
 from llmcompress.report import Report
-from llmcompress.run import Options, Run, Source, draw_tokens
+from llmcompress.options import Options
+from llmcompress.run import Run, Source, draw_tokens
 from llmcompress.runtime.loading import load
 
 __all__ = ["Options", "compress", "evaluate", "load", "plan"]

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises: what is wrong, where, and how to mend it."""
+"""The exception a user's mistake raises: what is wrong, where, and how to mend it. A machine's fault is one too."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ class UserError(Exception):
         self.what, self.where, self.fix = what, where, fix
         line = f"{where}: {what}" if where else what
         super().__init__(f"{line}; {fix}" if fix else line)
+
+
+class Fault(UserError):
+    """The machine failed, not the input: a full disk, a file that cannot be read any more. What is done so far is good,
+    and the same run can go on once the fault is mended."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

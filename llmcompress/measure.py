@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +37,12 @@ class Phases:
         finally:
             self._switch()
             self._open.pop()
+
+    def add_earlier(self, seconds: Mapping[str, float], total: float) -> None:
+        """Counts in what a run took before it was interrupted."""
+        for name, value in seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+        self._began -= total
 
     @property
     def total(self) -> float:

@@ -34,6 +34,7 @@ class Progress:
         self._terminal = not silent and self._stream.isatty()
         self._bar: tqdm | None = None
         self._done = 0
+        self._before = 0  # blocks of these that an earlier process did
         self._started = self._block_started = 0.0
         self._block = ""
         self._worst: tuple[str, float] | None = None
@@ -71,11 +72,15 @@ class Progress:
             yield lambda steps: None
         self._line(f"{name}: {seconds_text(time.perf_counter() - began)}")
 
+    def skip_blocks(self, number: int) -> None:
+        """So many blocks are done already when the first one begins."""
+        self._done = self._before = number
+
     def begin_block(self, name: str) -> None:
         """Enters a block, e.g. ``model.layers.3``."""
         self._block_started = time.perf_counter()
         self._block, self._worst = name, None
-        if self._done == 0:
+        if self._done == self._before:
             self._started = self._block_started
         if self._terminal and self._bar is None:
             self._bar = tqdm(
@@ -118,7 +123,7 @@ class Progress:
             if self._done >= self.total_blocks:
                 self._close_bar()
             return
-        left = (now - self._started) / self._done * max(0, self.total_blocks - self._done)
+        left = (now - self._started) / (self._done - self._before) * max(0, self.total_blocks - self._done)
         worst = f"worst {self._worst[0]} error {self._worst[1]:.1e}, " if self._worst else ""
         self._line(
             f"block {self._done}/{self.total_blocks} {_short(self._block)}: {seconds_text(now - self._block_started)}, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmcompress.annealing import Annealing, searched, state_file
 from llmcompress.arithmetic import choose_device, choose_dtype
 from llmcompress.calibration import Calibration, evaluation_rows, token_rows
-from llmcompress.errors import UserError, nearest
+from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.card import model_card
 from llmcompress.export.checkpoint import CheckpointWriter
@@ -24,11 +24,12 @@ from llmcompress.measure import Phases, peak_memory_bytes, versions
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.locate import locate
+from llmcompress.options import Options
 from llmcompress.plan import check_fit, estimate_size
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.recompress import Recompression
-from llmcompress.recover import KINDS, recover
+from llmcompress.recover import recover
 from llmcompress.report import Report
 from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, removable, restructure
 from llmcompress.sampling import self_samples
@@ -37,54 +38,6 @@ from llmcompress.walk import Walk, samples_needed, warm_up
 #: sequences of the model's own samples on which the result is judged if no text is given, and their seed's offset
 HELD_OUT_SAMPLES = 16
 HELD_OUT_SEED = 1_000_003
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything about a run but the model and the recipe.
-
-    Attributes:
-        calibration: ``self``, a text or JSONL file, a safetensors file of token rows, or ``DATASET[:split]``.
-        samples, length: calibration rows and tokens per row.
-        eval_text: file on which the result is judged; None takes held-out samples of the model itself.
-        evaluate: False leaves perplexity and divergence out.
-        seed: of everything random.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: of the arithmetic: ``auto``, ``float32`` or ``bfloat16``. Weights are stored in the checkpoint's dtype.
-        recover_steps: of training after a structured step, to make up for what it removed; 0 for none.
-        recover: ``full`` trains all weights of the blocks, ``lora`` low-rank additions to them, merged at the end.
-        low_memory: replay blocks instead of suspending them.
-        trust_remote_code: run code that came with the checkpoint.
-    """
-
-    calibration: str = "self"
-    samples: int = 32
-    length: int = 512
-    eval_text: str | None = None
-    evaluate: bool = True
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    recover_steps: int = 0
-    recover: str = "full"
-    low_memory: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        known_values = {
-            "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "recover": KINDS,
-        }  # fmt: skip
-        for key, known in known_values.items():
-            if getattr(self, key) not in known:
-                raise UserError(f"unknown '{getattr(self, key)}'", f"--{key}", nearest(getattr(self, key), known))
-        if self.recover_steps < 0:
-            raise UserError(f"{self.recover_steps} steps", "--recover-steps", "use 0 or more")
-        Calibration(self.calibration, self.samples, self.length, self.seed)  # refuses what makes no rows
-
-    @property
-    def calibration_rows(self) -> Calibration:
-        """Which rows to calibrate on."""
-        return Calibration(self.calibration, self.samples, self.length, self.seed)
 
 
 class Source:

@@ -1,0 +1,85 @@
+"""What the bytes of a result hang on: model, recipe, options, data and versions. Two runs with the same identity write
+the same files, so that one can go on where the other was stopped; of two that differ it can be said in what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from llmcompress.export.checkpoint import sha256
+from llmcompress.export.companions import COMPANIONS, REMOTE_CODE, companions
+from llmcompress.measure import versions
+from llmcompress.model.checkpoint import Checkpoint
+from llmcompress.options import Options
+from llmcompress.recipe import Recipe
+
+#: options that change how a result is computed and not its bytes
+WITHOUT_EFFECT = frozenset({"low_memory"})
+_NONE = "nothing"
+
+
+def identity(
+    name: str, checkpoint: Checkpoint, recipe: Recipe, options: Options, arithmetic: str,
+    advance: Callable[[int], None] = lambda files: None,
+) -> dict[str, Any]:  # fmt: skip
+    """As plain JSON.
+
+    Args:
+        name: of the model, as it was given.
+        checkpoint: all its files are hashed.
+        recipe: what is done.
+        options: those in WITHOUT_EFFECT stay out.
+        arithmetic: device and dtype.
+        advance: told of every file that is hashed.
+    """
+    hashes = {}
+    for file in hashed_files(checkpoint, options):
+        hashes[file.relative_to(checkpoint.folder).as_posix()] = sha256(file)
+        advance(1)
+    data = [options.calibration, options.eval_text or ""]
+    tree = {
+        "model": name,
+        "model files": hashes,
+        "recipe": {"name": recipe.name, **recipe.to_tree()},
+        "options": {f.name: getattr(options, f.name) for f in fields(options) if f.name not in WITHOUT_EFFECT},
+        "data": {source: sha256(Path(source)) for source in data if Path(source).is_file()},
+        "arithmetic": arithmetic,
+        "versions": versions(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(tree))
+    return plain
+
+
+def hashed_files(checkpoint: Checkpoint, options: Options) -> list[Path]:
+    """Of a model, everything that is read or copied."""
+    weights = {checkpoint.folder / info.file for info in checkpoint.tensors.values()}
+    patterns = COMPANIONS + (REMOTE_CODE if options.trust_remote_code else ())
+    return sorted({*weights, checkpoint.folder / "config.json", *companions(checkpoint.folder, patterns)})
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is not the same in two identities, e.g. ``options.seed was 0, is 1``."""
+    before, after = _flat(then), _flat(now)
+    return [
+        f"{key} was {_short(before.get(key, _NONE))}, is {_short(after.get(key, _NONE))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, _NONE) != after.get(key, _NONE)
+    ]
+
+
+def _flat(tree: object, place: str = "") -> dict[str, object]:
+    if isinstance(tree, Mapping) and tree:
+        items = [_flat(value, f"{place}.{key}" if place else str(key)) for key, value in tree.items()]
+    elif isinstance(tree, list) and tree:
+        items = [_flat(value, f"{place}[{number}]") for number, value in enumerate(tree)]
+    else:
+        return {place: tree}
+    return {key: value for part in items for key, value in part.items()}
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
