@@ -189,7 +189,7 @@ class Report:
     def table(self) -> str:
         """The report for a terminal: headline, errors by kind of matrix, cost, warnings."""
         parts = [
-            aligned([[f"{self.model}, {self.recipe}", "before", "after", ""], *self._headline()]),
+            aligned([[f"{self.model}, {self.recipe}", "before", "after", ""], *self.headline()]),
             aligned(_kinds(self.blocks)),
             "\n".join(self._cost()),
             "\n".join(grouped_warnings(self.to_dict()["warnings"])),
@@ -197,7 +197,7 @@ class Report:
         ]
         return "\n\n".join(part for part in parts if part)
 
-    def _headline(self) -> list[list[str]]:
+    def headline(self) -> list[list[str]]:
         size, perplexity = self.size_bytes, self.perplexity
         rows = [["size of the weights", bytes_text(size["before"]), bytes_text(size["after"]), change(size)]]
         if self.structure:
