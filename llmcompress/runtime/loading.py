@@ -1,11 +1,13 @@
 """Loads a checkpoint folder as a transformers model.
 
-Dense, sparse and compressed-tensors folders alike go through ``from_pretrained``; transformers keeps quantized weights
-compressed and dequantizes them at the first forward, rounding the activations of every later one."""
+Dense and sparse folders go through ``from_pretrained``. So do quantized ones with ``runtime="dense"``: transformers
+widens their weights at the first forward and rounds the activations of every later one. Otherwise the quantized
+matrices are held as they are stored, by modules that multiply them so (`llmcompress.runtime.assemble`)."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,12 +16,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.errors import UserError, nearest
+from llmcompress.runtime.assemble import assemble
+from llmcompress.runtime.choose import RUNTIMES, RuntimeSummary, require_kernel
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-#: how the quantized matrices of a folder are multiplied
-RUNTIMES = ("auto", "int8", "int4", "dense")
 
 
 def load(
@@ -28,26 +28,62 @@ def load(
     device: torch.device | str = "cpu",
     runtime: str = "auto",
 ) -> PreTrainedModel:
-    """The causal language model of ``folder``, in evaluation mode.
+    """The causal language model of ``folder``, in evaluation mode. `runtime_of` tells how it multiplies.
 
     Args:
         folder: a checkpoint folder, compressed or not.
-        runtime: one of RUNTIMES.
         dtype: e.g. ``torch.bfloat16`` or ``"bfloat16"``; that of the checkpoint if None.
         device: where to put it.
+        runtime: ``auto`` multiplies each quantized matrix by the integer kernel there is for its scheme, and warns of
+            those for which there is none; ``int8`` and ``int4`` use that kernel only; ``dense`` leaves everything to
+            transformers, which widens the weights at the first forward.
 
     Raises:
         UserError: no folder, no checkpoint in it, pickle weights only, a missing or damaged shard, an unknown dtype or
-            runtime.
+            runtime, or a kernel asked for by name that no matrix of the folder can use.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
     if runtime not in RUNTIMES:
         raise UserError(f"unknown runtime '{runtime}'", "runtime", nearest(runtime, RUNTIMES))
-    if runtime in ("int8", "int4"):
-        raise UserError(f"no {runtime} kernels", "runtime", "use auto or dense")
     check_checkpoint(folder)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype), local_files_only=True)
-    return model.to(device).eval()
+    model, summary = _with_kernels(folder, _dtype(dtype), device, runtime)
+    if summary.reasons and runtime != "dense":
+        warnings.warn(f"{folder}: {summary.text()}", stacklevel=2)
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype) or "auto", local_files_only=True)
+        model = model.to(device)
+    model.llmcompress_runtime = summary
+    return model.eval()
+
+
+def runtime_of(model: nn.Module) -> RuntimeSummary:
+    """How the matrices of a model from `load` are multiplied.
+
+    Raises:
+        ValueError: ``load`` did not make it.
+    """
+    found = getattr(model, "llmcompress_runtime", None)
+    if not isinstance(found, RuntimeSummary):
+        raise ValueError("not a model that llmcompress.load made")
+    return found
+
+
+def _with_kernels(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, runtime: str
+) -> tuple[PreTrainedModel | None, RuntimeSummary]:
+    """The model with kernels in it, None where transformers is to load it, and how its matrices are multiplied."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    summary = RuntimeSummary()
+    if runtime == "dense" or not config:
+        require_kernel(summary, runtime, str(folder))
+        return None, summary
+    try:
+        return assemble(folder, dtype, str(device), runtime)
+    except UserError as error:
+        if runtime != "auto":
+            raise
+        summary.reasons[str(error)] += 1
+        return None, summary
 
 
 def check_checkpoint(folder: Path) -> list[Path]:
@@ -93,9 +129,9 @@ def _check_shard(shard: Path) -> None:
         raise UserError(f"damaged ({error})", str(shard), "download or write the checkpoint again") from error
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype or "auto"
+        return dtype
     named = getattr(torch, dtype, None)
     if not isinstance(named, torch.dtype):
         raise UserError(f"unknown dtype '{dtype}'", "dtype", "use float32, bfloat16 or float16")

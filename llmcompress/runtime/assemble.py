@@ -1,0 +1,95 @@
+"""A transformers model around the compressed tensors: block by block, each matrix goes from the safetensors file into
+its kernel's packing, with no dense copy in between. What is held at once beside the growing model is one matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from llmcompress.export.quantized import Scheme
+from llmcompress.measure import release_freed_memory
+from llmcompress.model.checkpoint import Checkpoint
+from llmcompress.model.load import BlockwiseModel
+from llmcompress.runtime.choose import RuntimeSummary, choose, require_kernel
+from llmcompress.runtime.cuda import Int8CudaLinear
+from llmcompress.runtime.int4 import W4A16Linear
+from llmcompress.runtime.int8 import W8A8Linear
+from llmcompress.runtime.simulated import simulate
+
+
+def survey(model: BlockwiseModel, runtime: str, device: str) -> tuple[dict[str, str], RuntimeSummary]:
+    """The kernel of each quantized matrix by module name, and what it comes to."""
+    kernels, summary = {}, RuntimeSummary()
+    for name, scheme in model.schemes.items():
+        linear = model.model.get_submodule(name)
+        kernels[name], why = choose(scheme, linear.out_features, linear.in_features, runtime, device)
+        summary.kernels[kernels[name]] += 1
+        if why:
+            summary.reasons[why] += 1
+    return kernels, summary
+
+
+def assemble(
+    folder: Path, dtype: torch.dtype | None, device: str, runtime: str
+) -> tuple[PreTrainedModel | None, RuntimeSummary]:
+    """The model of a quantized folder with a kernel in each matrix that has one; None if no matrix has.
+
+    Args:
+        folder: with a ``quantization_config`` this program reads.
+        dtype: of what stays in floating point; that of the checkpoint if None.
+        device: where it will run.
+        runtime: one of RUNTIMES.
+
+    Raises:
+        UserError: the folder cannot be read, or no matrix can use the kernel asked for.
+    """
+    checkpoint = Checkpoint(folder)
+    model = BlockwiseModel(checkpoint, dtype or checkpoint.dtype, device)
+    kernels, summary = survey(model, runtime, device)
+    require_kernel(summary, runtime, str(folder))
+    if not summary.kernels.keys() - {"dense"}:
+        return None, summary
+    with torch.no_grad():
+        for index, block in enumerate(model.blocks):
+            inside = [name for name in kernels if name.startswith(block.name + ".")]
+            _fill(model, {name: kernels.pop(name) for name in inside}, lambda i=index: model.load_block(i))
+        _fill(model, kernels, lambda: model.load_rest(head=True))
+    network = model.model
+    if (folder / "generation_config.json").is_file():
+        network.generation_config = GenerationConfig.from_pretrained(folder)
+    return network, summary
+
+
+def _fill(model: BlockwiseModel, kernels: dict[str, str], load_others: Callable[[], object]) -> None:
+    """Puts the kernels' Linears into their places, reads what else belongs there, and has inputs rounded where a
+    quantized matrix stayed dense."""
+    for name, kernel in kernels.items():
+        if kernel != "dense":
+            _replace(model, name, kernel)
+    load_others()
+    for name, kernel in kernels.items():
+        if kernel == "dense":
+            simulate(model.model.get_submodule(name), model.schemes[name], model.input_levels.get(name))
+    release_freed_memory()
+
+
+def _replace(model: BlockwiseModel, name: str, kernel: str) -> None:
+    """Puts the kernel's Linear in the place of the empty one, whose bias it keeps."""
+    parent, _, attribute = name.rpartition(".")
+    bias = model.model.get_submodule(name).bias
+    linear = _linear(kernel, model.stored_tensors(name), model.schemes[name], bias, model.device)
+    setattr(model.model.get_submodule(parent), attribute, linear)
+
+
+def _linear(
+    kernel: str, tensors: dict[str, Tensor], scheme: Scheme, bias: nn.Parameter | None, device: str
+) -> nn.Module:
+    if kernel == "int4":
+        return W4A16Linear(tensors, scheme, bias)
+    if device != "cpu":
+        return Int8CudaLinear(tensors, scheme, bias, device)
+    return W8A8Linear(tensors, scheme, bias)

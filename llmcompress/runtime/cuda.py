@@ -1,0 +1,63 @@
+"""W8A8 on a CUDA device by ``torch._int_mm``: int8 codes on both sides, int32 sums, scaled afterwards.
+
+Written after torch's documentation and checked on the CPU, where the same operator exists; not run on a GPU so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcompress.core.grid import Levels
+from llmcompress.export.quantized import Scheme, unpack, unpack_activations
+
+#: ``_int_mm`` refuses fewer rows on CUDA: they are filled up with zeros
+LEAST_ROWS = 32
+
+
+class Int8CudaLinear(nn.Module):
+    """A Linear whose weight is held as int8 codes.
+
+    Args:
+        tensors: of the stored Linear, by name within it.
+        scheme: for which `why_not_int8` is silent.
+        bias: (out,), or None.
+        device: where it runs.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, bias: nn.Parameter | None, device: str = "cuda"
+    ) -> None:
+        super().__init__()
+        stored = unpack(tensors, scheme)
+        self.out_features, self.in_features = stored.codes.shape
+        self.scheme, self.bias = scheme, bias
+        scale = stored.levels.scale.expand(self.out_features, 1).flatten()
+        self.register_buffer("codes", stored.codes.to(device).T, persistent=False)  # (in, out), columns contiguous
+        self.register_buffer("weight_scale", scale.to(device), persistent=False)
+        sums = stored.codes.sum(1, dtype=torch.int32).float() * scale
+        self.register_buffer("row_sums", sums.to(device), persistent=False)
+        found = unpack_activations(tensors)
+        zero = None if found is None or found.zero_point is None else found.zero_point.to(device)
+        self.input_levels = None if found is None else Levels(found.scale.to(device), zero)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) floating → (…, out) of the same dtype."""
+        grid = self.scheme.activations
+        assert grid is not None
+        rows = x.reshape(-1, self.in_features)
+        levels = self.input_levels or grid.fit(rows, rows.dtype)
+        codes = grid.quantize(rows, levels)
+        missing = max(0, LEAST_ROWS - len(rows))
+        sums = torch._int_mm(F.pad(codes, (0, 0, 0, missing)), self.codes)[: len(rows)]
+        y = sums.float() * self.weight_scale
+        if levels.zero_point is not None:
+            y -= levels.zero_point * self.row_sums
+        y = (y * levels.scale).to(x.dtype)
+        if self.bias is not None:
+            y += self.bias
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.scheme.outputs is None else self.scheme.outputs.round_activations(y)
