@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,27 +19,15 @@ from llmcompress.export.quantized import (
     stored_bits_per_weight,
     unsupported,
 )
-from llmcompress.model.groups import InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView, is_matrix
 from llmcompress.recipe import Recipe
 from llmcompress.recompress import affordable_interval, kept_bytes
 from llmcompress.restructure import removable
-from llmcompress.suspend import gates
-from llmcompress.walk import PROBE_TOKENS
+from llmcompress.survey import PlannedGroup, group_lines, planned, survey
 
 #: interpreter, libraries and allocator slack, measured
 BASE_BYTES = 700 * 2**20
-
-
-@dataclass
-class PlannedGroup:
-    """One input group: the matrices that will be compressed, and whether smoothing can be folded."""
-
-    matrices: list[str]
-    left_dense: list[str]
-    width: int
-    fold: str
 
 
 @dataclass
@@ -66,14 +53,8 @@ class Plan:
         return asdict(self)
 
     def text(self) -> str:
-        """For the terminal. Blocks with the same groups are told once."""
-        lines: list[str] = []
-        told: dict[str, list[str]] = {}
-        for block, groups in self.blocks.items():
-            told.setdefault("\n".join(_describe(block, g) for g in groups), []).append(block)
-        for description, blocks in told.items():
-            span = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]} ({len(blocks)} blocks)"
-            lines += [span, description]
+        """For the terminal."""
+        lines = group_lines(self.blocks)
         lines += [
             f"compressed   {self.share:.1%} of the blocks' weights",
             f"memory       about {self.peak_memory_bytes / 2**30:.2f} GiB at the peak",
@@ -83,7 +64,6 @@ class Plan:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) -> Plan:
     """Runs a few tokens through the model, block by block, to find groups and folds."""
     walked = recipe.blockwise
@@ -92,21 +72,13 @@ def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) 
     plan = Plan(size_bytes={"before": model.checkpoint.size_bytes, "after": estimate_size(model, walked, removed)})
     compressed = total = 0
     largest_block = widest = 0
-    with gates([b.module for b in model.blocks]):
-        probe = model.start_forwards(
-            [torch.arange(PROBE_TOKENS)[None] % model.model.config.get_text_config().vocab_size]
-        )[0]
-        for index in range(len(model.blocks)):
-            block = model.load_block(index)
-            found = map_block(block, probe.call)
-            probe.resume()
-            model.release_block(index)
-            plan.blocks[block.name] = [_planned(g, targeted) for g in found.groups]
-            sizes = {m.name: m.shape[0] * m.shape[1] for g in found.groups for m in g.matrices}
-            compressed += sum(size for name, size in sizes.items() if name in targeted)
-            total += found.parameters
-            largest_block = max(largest_block, found.parameters)
-            widest = max(widest, *(g.width for g in found.groups))
+    for block, found in survey(model):
+        plan.blocks[block.name] = [planned(g, targeted) for g in found.groups]
+        sizes = {m.name: m.shape[0] * m.shape[1] for g in found.groups for m in g.matrices}
+        compressed += sum(size for name, size in sizes.items() if name in targeted)
+        total += found.parameters
+        largest_block = max(largest_block, found.parameters)
+        widest = max(widest, *(g.width for g in found.groups))
     plan.share = compressed / total
     plan.notes = _notes(walked, model)
     plan.peak_memory_bytes = _estimate_memory(model, walked, largest_block, widest, samples * length)
@@ -235,18 +207,6 @@ def _matrices(model: BlockwiseModel) -> list[MatrixView]:
         for name, module in block.module.named_modules()
         if is_matrix(module)
     ]
-
-
-def _planned(group: InputGroup, targeted: set[str]) -> PlannedGroup:
-    names = [m.name for m in group.matrices]
-    fold = f"into {type(group.fold.norm).__name__}" if group.fold else f"refused: {group.fold_refusal}"
-    return PlannedGroup([n for n in names if n in targeted], [n for n in names if n not in targeted], group.width, fold)
-
-
-def _describe(block: str, group: PlannedGroup) -> str:
-    short = [name.removeprefix(block + ".") for name in group.matrices]
-    dense = [name.removeprefix(block + ".") + " (left dense)" for name in group.left_dense]
-    return f"  {', '.join(short + dense):58s} {group.width:6d} inputs   smoothing {group.fold}"
 
 
 def _mib(size: int) -> str:

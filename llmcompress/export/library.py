@@ -27,7 +27,7 @@ def library_schemes(config: Mapping[str, Any], linear_names: Iterable[str]) -> d
         groups = [
             group.model_copy(update={"format": CompressionFormat(group.format or parsed.format)})
             for group in parsed.config_groups.values()
-            if isinstance(group, QuantizationScheme) and group.weights is not None
+            if isinstance(group, QuantizationScheme)
         ]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"unreadable ({str(error).splitlines()[0][:200]})", _WHERE) from error
@@ -37,7 +37,7 @@ def library_schemes(config: Mapping[str, Any], linear_names: Iterable[str]) -> d
         if any(ignored == "Linear" or match_name(name, ignored) for ignored in parsed.ignore or ()):
             continue
         group = next((g for target, g in targets if target == "Linear" or match_name(name, target)), None)
-        if group is not None:
+        if group is not None and group.weights is not None:
             schemes[name] = group
     return schemes
 

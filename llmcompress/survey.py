@@ -1,0 +1,63 @@
+"""A few tokens on their way through a model, block by block: which matrices read one tensor, and whether a scale of it
+folds into the norm that wrote it. Only one block is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from llmcompress.model.groups import BlockMap, InputGroup, map_block
+from llmcompress.model.load import Block, BlockwiseModel
+from llmcompress.suspend import gates
+from llmcompress.walk import PROBE_TOKENS
+
+
+@dataclass
+class PlannedGroup:
+    """One input group: the matrices that will be compressed, and whether smoothing can be folded."""
+
+    matrices: list[str]
+    left_dense: list[str]
+    width: int
+    fold: str
+
+
+@torch.no_grad()
+def survey(model: BlockwiseModel) -> Iterator[tuple[Block, BlockMap]]:
+    """Each block with its weights, which are freed when the next one is asked for, and what it consists of."""
+    with gates([block.module for block in model.blocks]):
+        vocabulary = model.model.config.get_text_config().vocab_size
+        probe = model.start_forwards([torch.arange(PROBE_TOKENS)[None] % vocabulary])[0]
+        for index in range(len(model.blocks)):
+            block = model.load_block(index)
+            found = map_block(block, probe.call)
+            probe.resume()
+            yield block, found
+            model.release_block(index)
+
+
+def planned(group: InputGroup, targeted: Collection[str]) -> PlannedGroup:
+    """A group as it is told, its matrices divided into those that are targeted and the others."""
+    names = [m.name for m in group.matrices]
+    fold = f"into {type(group.fold.norm).__name__}" if group.fold else f"refused: {group.fold_refusal}"
+    return PlannedGroup([n for n in names if n in targeted], [n for n in names if n not in targeted], group.width, fold)
+
+
+def group_lines(blocks: Mapping[str, list[PlannedGroup]]) -> list[str]:
+    """The groups of each block for the terminal. Blocks with the same groups are told once."""
+    lines: list[str] = []
+    told: dict[str, list[str]] = {}
+    for block, groups in blocks.items():
+        told.setdefault("\n".join(_describe(block, g) for g in groups), []).append(block)
+    for description, names in told.items():
+        span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)} blocks)"
+        lines += [span, description]
+    return lines
+
+
+def _describe(block: str, group: PlannedGroup) -> str:
+    short = [name.removeprefix(block + ".") for name in group.matrices]
+    dense = [name.removeprefix(block + ".") + " (left dense)" for name in group.left_dense]
+    return f"  {', '.join(short + dense):58s} {group.width:6d} inputs   smoothing {group.fold}"
