@@ -80,6 +80,13 @@ class BlockReport:
     groups: list[GroupReport] = field(default_factory=list)
     peak_memory_bytes: int | None = None
 
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> BlockReport:
+        """Reads what ``dataclasses.asdict`` gave."""
+        matrices = [MatrixReport(**{**m, "shape": tuple(m["shape"])}) for m in content["matrices"]]
+        groups = [GroupReport(**group) for group in content["groups"]]
+        return BlockReport(**{**content, "matrices": matrices, "groups": groups})
+
     @property
     def sparsity(self) -> float:
         """Share of zeros in the block's compressed matrices."""
@@ -181,7 +188,7 @@ class Report:
         try:
             content = json.loads(text)
             known = {f.name: content[f.name] for f in fields(Report)}
-            known["blocks"] = [_read_block(block) for block in known["blocks"]]
+            known["blocks"] = [BlockReport.from_dict(block) for block in known["blocks"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a report of this program: {error!r}") from error
         return Report(**known)
@@ -239,12 +246,6 @@ class Report:
             if rows:
                 lines.append(f"{name} on {rows['source']}: {rows['samples']} × {rows['length']} tokens")
         return lines
-
-
-def _read_block(content: dict[str, Any]) -> BlockReport:
-    matrices = [MatrixReport(**{**m, "shape": tuple(m["shape"])}) for m in content["matrices"]]
-    groups = [GroupReport(**group) for group in content["groups"]]
-    return BlockReport(**{**content, "matrices": matrices, "groups": groups})
 
 
 def _weighted_mean(matrices: list[MatrixReport], attribute: str) -> float | None:
