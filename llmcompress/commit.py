@@ -91,7 +91,15 @@ class Outcome:
     def tensors(self, index: int) -> dict[str, Tensor]:
         """The block's tensors by name on disk: changed ones as decided, the others as they were."""
         model = self.model
-        found = {model.disk_name(parameter): value for parameter, value in self.dense.items()}
+        found: dict[str, Tensor] = {}
+        for parameter, value in self.dense.items():
+            name, cut = model.disk_name(parameter), model.cuts.get(parameter)
+            if cut is None:
+                found[name] = value
+                continue
+            if name not in found:  # one tensor for all experts
+                found |= model.checkpoint.read([name])
+            cut.view(found[name]).copy_(value)
         renewed = set(found)
         for name, stored in self.codes.items():
             disk_name = model.disk_name(f"{name}.weight")

@@ -110,6 +110,7 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int
     Raises:
         UserError: a pattern or group does not divide a width, nothing is targeted, or the result could not be loaded.
     """
+    recipe = recipe.sparing(model.routers)
     views = [view for view in _matrices(model) if recipe.targets(view.name)]
     for view in views:
         for method in recipe.methods:
@@ -146,7 +147,7 @@ def _misses_packed(network: PreTrainedModel, linear: nn.Module) -> bool:
 
 def estimate_size(model: BlockwiseModel, recipe: Recipe, removed: float = 0.0) -> int:
     """Predicted bytes of the result's tensors, if a share ``removed`` of the blocks' weights is gone beforehand."""
-    saved = 0.0
+    saved, recipe = 0.0, recipe.sparing(model.routers)
     scheme, dtype = _scheme(recipe), model.checkpoint.dtype
     for view in _matrices(model) if scheme else ():
         if scheme and recipe.targets(view.name) and not unsupported(type(view.module)):

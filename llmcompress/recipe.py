@@ -177,6 +177,12 @@ class Recipe:
         found = [getattr(m, "weights", None) for m in self.methods if m.stage == "quantize"]
         return found[-1] if found else None
 
+    def sparing(self, names: Iterable[str]) -> Recipe:
+        """The recipe without these matrices, but for those that a pattern of ``include`` other than ``*`` asks for."""
+        asked = [pattern for pattern in self.include if pattern != "*"]
+        spared = [name for name in sorted(names) if not any(fnmatchcase(name, pattern) for pattern in asked)]
+        return dataclasses.replace(self, exclude=(*self.exclude, *spared))
+
     def targets(self, name: str) -> bool:
         """Whether the matrix of this dotted name is to be compressed."""
         return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmcompress.annealing import Annealing, searched, state_file
 from llmcompress.arithmetic import choose_device, choose_dtype
@@ -213,8 +213,9 @@ class Run:
     ) -> dict[str, str]:
         config = dict(dense.checkpoint.config)
         if schemes:
-            linears = [name for name, module in dense.model.named_modules() if isinstance(module, nn.Linear)]
-            config["quantization_config"] = quantization_config(schemes, linears)
+            stored = {dense.stored_name(name): scheme for name, scheme in schemes.items()}
+            linears = [dense.stored_name(name) for name in dense.linears]
+            config["quantization_config"] = quantization_config(stored, linears)
         return {
             "config.json": _json(config),
             "recipe.yaml": self.recipe.to_yaml(),

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from llmcompress.commit import Outcome, relative_errors
 from llmcompress.core.grid import Levels, QuantGrid
-from llmcompress.core.group import Matrix, MatrixGroup, run_methods
+from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
 from llmcompress.core.profile import channel_peaks, described
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
+from llmcompress.hidden_states import digest
 from llmcompress.measure import Phases, peak_memory_bytes, release_freed_memory
+from llmcompress.methods.uncalibrated import aimed_at_compressed, without_rows
 from llmcompress.methods.unrounded import keeping_unrounded
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel, micro_batches
@@ -32,6 +34,7 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.rehearsal import Rehearsal, spans
 from llmcompress.report import BlockReport, GroupReport
+from llmcompress.starved import MIN_EXPERT_ROWS, Starved
 from llmcompress.suspend import AtMatrix, BlockPass, Rounding, Stop, gates
 
 #: rows on which the error of a matrix is measured
@@ -108,6 +111,7 @@ class Walk:
     Attributes:
         warnings: what was skipped or degraded so far.
         lanes: the calibration rows on their way, those of the model first; the dense twin's second, if there is one.
+        models: of the lanes.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class Walk:
         phases: Phases | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.model, self.recipe, self.replay = model, recipe, replay
+        self.model, self.recipe, self.replay = model, recipe.sparing(model.routers), replay
         self.phases = phases or Phases()
         self.progress = progress or Progress(silent=True)
         self.progress.total_blocks = len(model.blocks)
@@ -131,24 +135,36 @@ class Walk:
         self._batch = min((method.batch for method in recipe.methods if method.batch), default=None)
         self._methods = recipe.methods  # as they are bound to the present block
         self.lanes: list[Lane] = []
-        self._spans = spans(model, recipe.targets)
+        self.models = [model]
+        self._spans = spans(model, self.recipe.targets)
+        self._starved = Starved(model.expert_layers)
 
     @torch.no_grad()
-    def run(self, start: int = 0, returned: Sequence[object] = ()) -> Iterator[CompressedBlock]:
+    def run(
+        self, start: int = 0, returned: Sequence[Sequence[object]] = (), call: str = ""
+    ) -> Iterator[CompressedBlock]:
         """Yields each block when it is finished; its memory is freed when the next one is asked for.
 
         Args:
-            start: number of the first block; there is but one lane if it is not the first.
-            returned: what the block before ``start`` returned to each forward of the lane.
+            start: number of the first block.
+            returned: if it is not 0, what the block before it returned to each forward of each lane.
+            call: what `entered` said when the block before it was finished, if that is to be checked.
+
+        Raises:
+            UserError: the forwards cannot go on from what was returned alone.
         """
-        models = [self.model, *([self.model.twin()] if "cross" in self._needs else [])]
+        models = self.models = [self.model, *([self.model.twin()] if self.number_of_lanes > 1 else [])]
         with gates([block.module for model in models for block in model.blocks]):
             with self.phases("forward"):
                 lanes = self.lanes = [Lane(model, self.tokens, self._batch) for model in models]
                 for model in models:
                     model.release_embeddings()
-                for forward, value in zip(lanes[0].everyone if start else (), returned, strict=True):
-                    forward.skip(start, value)
+                for lane, values in zip(lanes if start else (), returned, strict=True):
+                    for forward, value in zip(lane.everyone, values, strict=True):
+                        forward.skip(start, value)
+                if call and self.entered() != call:
+                    raise UserError("more goes from block to block than what blocks return", self.model.blocks[start].name,
+                                    "such a model's run cannot go on: start over with --force")  # fmt: skip
             for index, block in list(enumerate(self.model.blocks))[start:]:
                 started = time.perf_counter()
                 self.progress.begin_block(block.name)
@@ -167,6 +183,15 @@ class Walk:
                 del finished, found
                 release_freed_memory()
 
+    @property
+    def number_of_lanes(self) -> int:
+        """Two if a step aims at the dense model's outputs."""
+        return 2 if "cross" in self._needs else 1
+
+    def entered(self) -> str:
+        """Hash of what the block that the probes wait at is called with."""
+        return digest([lane.probe.call for lane in self.lanes])
+
     def _compress(self, index: int, found: BlockMap, lanes: list[Lane]) -> CompressedBlock:
         """One block: serves its input groups as the tokens reach them."""
         groups = [g for g in found.groups if any(self.recipe.targets(m.name) for m in g.matrices)]
@@ -179,13 +204,15 @@ class Walk:
                 self._methods = keeping_unrounded(self._methods)
         ahead = self.recipe.propagate == "block"
         passes = [lane.through(index, groups, self.replay, ahead) for lane in lanes]
+        for way in passes[1:]:  # tokens may go to other experts there
+            way.served = {number for number, group in enumerate(groups) if self._starved.is_expert(group.name)}
         arrivals = [way.arrivals() for way in passes]
         while self._go_on(groups, passes[0], arrivals, outcome, finished.report):
             pass
+        self._serve_unreached(found, groups, passes[0], outcome, finished.report)
         if index + 1 < len(self.model.blocks):
             self._enter_next(lanes, passes[0] if ahead else None, index, groups, outcome)
-        self._note_unreached(found, groups, passes[0].served)
-        self.warnings += outcome.warnings
+        self.warnings += [*self._starved.warnings(), *outcome.warnings]
         with self.phases("pack"):
             finished.tensors, finished.schemes = outcome.tensors(index), outcome.schemes
         return finished
@@ -209,8 +236,9 @@ class Walk:
         Nothing outlives it but what was decided: the group's rows are free when the tokens go on.
         """
         with self.phases("forward"):
-            arrived = [next(lane, None) for lane in arrivals]
-        first = arrived[0]
+            first = next(arrivals[0], None)
+            alone = first is not None and self._starved.is_expert(groups[first[0]].name)
+            arrived = [first, *(next(lane, None) for lane in ([] if alone else arrivals[1:]))]
         if any((at and at[0]) != (first and first[0]) for at in arrived):
             name = groups[first[0]].name if first else self.model.blocks[0].name
             raise UserError("its dense and compressed forwards take different ways", name, "use target: compressed")
@@ -238,13 +266,17 @@ class Walk:
         reader, views = group.matrices[0], [m for m in group.matrices if self.recipe.targets(m.name)]
         rows, dense_rows = ([reader.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
         _require_finite(group.name, rows)
+        reached = sum(len(x) for x in rows)
+        if not reached:
+            rows = dense_rows = [torch.zeros(1, group.width, dtype=self.model.dtype, device=self.model.device)]
+        needs, methods = self._plan(group, reached)
         work = outcome.working_copies(group, [view.name for view in views])
         peaks = channel_peaks(rows)
-        stats = InputStats(group.width, self._needs, device=rows[0].device, length=self.tokens.shape[1])
+        stats = InputStats(group.width, needs, device=rows[0].device, length=self.tokens.shape[1])
         for x, dense in zip(rows, dense_rows, strict=True):
             stats.update(x, dense)
-        run_methods(self._methods, work, stats)
-        sample = _sample(rows)
+        run_methods(methods, work, stats)
+        sample = _sample(rows) if reached else torch.eye(group.width).to(rows[0])  # the error is that of the weights
         errors = relative_errors(work, views, sample, _sample(dense_rows) if len(places) > 1 else sample)
         outcome.commit(group, work, places[0])
         for matrix, error in zip(work.matrices, errors, strict=True):
@@ -268,11 +300,31 @@ class Walk:
         refusal = group.fold_refusal if folded is False else ""
         return GroupReport(group.name, folded, refusal, work.figures, described(peaks, work.smoothing))
 
-    def _note_unreached(self, found: BlockMap, groups: list[InputGroup], served: set[int]) -> None:
-        missed = [m.name for number, group in enumerate(groups) if number not in served for m in group.matrices]
-        for name in [*missed, *found.unreached]:
-            if self.recipe.targets(name):
-                self.warnings.append(f"{name}: left dense, no calibration token reached it")
+    def _plan(self, group: InputGroup, rows: int) -> tuple[frozenset[str], tuple[Method, ...]]:
+        """Statistics and steps for a group that so many rows reach."""
+        is_expert = self._starved.is_expert(group.name)
+        if rows >= (MIN_EXPERT_ROWS if is_expert else 1):
+            return (self._needs - {"cross"}, aimed_at_compressed(self._methods)) if is_expert else (
+                self._needs, self._methods
+            )  # fmt: skip
+        self._starved.note(group.name)
+        return frozenset(), without_rows(self._methods, group.name)
+
+    def _serve_unreached(
+        self, found: BlockMap, groups: list[InputGroup], way: BlockPass, outcome: Outcome, report: BlockReport
+    ) -> None:
+        """Experts that got no token, and matrices that the block does not call."""
+        lone = [InputGroup([m], m.shape[1]) for m in found.unreached if self.recipe.targets(m.name)]
+        unserved = [number for number in range(len(groups)) if number not in way.served]
+        with self.phases("compress"):
+            for group in lone:
+                for part in group.parts():
+                    self._serve(part, [[]], outcome, report)
+            for number in unserved:
+                for part in groups[number].parts():
+                    work = self._serve(part, [[]], outcome, report)
+                if self.recipe.propagate not in ("pruned", "dense"):
+                    self._round_from_now_on(way, number, work)
 
 
 def samples_needed(recipe: Recipe, samples: int, length: int) -> int:

@@ -73,6 +73,8 @@ class Scheme:
 
 def unsupported(module_type: type[nn.Module]) -> str:
     """Why modules of this type cannot be stored quantized; empty if they can."""
+    if getattr(module_type, "stacked", False):
+        return "compressed-tensors has no room for the stacked experts of this checkpoint"
     if issubclass(module_type, nn.Linear):
         return ""
     return f"compressed-tensors quantizes Linear modules only, not {module_type.__name__}"

@@ -104,6 +104,8 @@ def find_couplings(model: BlockwiseModel, block: Block, call: Call) -> list[Coup
         raise UserError(
             "its configuration is nested", type(model.model).__name__, "structured removal needs a flat one"
         )
+    if model.expert_layers:
+        raise UserError("it has experts", type(model.model).__name__, "structured removal needs a model without")
     found = [c for c in (_heads(model, block, call), _channels(model, block, call)) if c is not None]
     if not found:
         raise UserError(

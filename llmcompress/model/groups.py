@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import UserError
+from llmcompress.model.experts import visiting_all_experts
 from llmcompress.model.fold import NormFold, find_fold
 from llmcompress.model.load import Block
 from llmcompress.model.matrix import MatrixView, is_matrix
@@ -58,12 +59,12 @@ class BlockMap:
 
     Attributes:
         groups: in calling order.
-        unreached: matrices the probe's tokens did not pass, e.g. experts the router did not choose.
+        unreached: matrices the probe's tokens did not pass.
         parameters: number of all parameters of the block.
     """
 
     groups: list[InputGroup]
-    unreached: list[str] = field(default_factory=list)
+    unreached: list[MatrixView] = field(default_factory=list)
     parameters: int = 0
 
 
@@ -79,7 +80,7 @@ def map_block(block: Block, call: Call) -> BlockMap:
         Groups in calling order; `fold` is set only where scaling by powers of two left the block's output unchanged.
     """
     record = _Record()
-    with record.watch(block.module):
+    with record.watch(block.module), visiting_all_experts(block.module):
         reference = run_block(block.module, call)
     groups: dict[tuple[Storage, tuple[object, ...]], InputGroup] = {}
     for module, x in record.matrix_inputs:
@@ -97,10 +98,9 @@ def map_block(block: Block, call: Call) -> BlockMap:
             )  # fmt: skip
             group.fold_name = f"{block.name}.{_name_of(block.module, norm)}" if group.fold else ""
     reached = {m.name for g in found for m in g.matrices}
-    names = [f"{block.name}.{n}" for n, m in block.module.named_modules() if is_matrix(m)]
-    return BlockMap(
-        found, [n for n in names if n not in reached], sum(p.numel() for p in block.module.parameters())
-    )  # fmt: skip
+    views = [MatrixView(f"{block.name}.{n}", m) for n, m in block.module.named_modules() if is_matrix(m)]
+    unreached = [view for view in views if view.name not in reached]
+    return BlockMap(found, unreached, sum(p.numel() for p in block.module.parameters()))
 
 
 class _Record:

@@ -6,7 +6,6 @@ under other names load too."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from llmcompress.core.grid import Levels
@@ -24,6 +21,8 @@ from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme, schemes_of, unpack, unpack_activations
 from llmcompress.model.blocks import find_blocks
 from llmcompress.model.checkpoint import Checkpoint, require_finite
+from llmcompress.model.experts import StackedLinear, find_experts, find_routers, unstack
+from llmcompress.model.names import QUANTIZED_SUFFIXES, SourceNames, split_quantized
 from llmcompress.suspend import SuspendedForward
 
 
@@ -43,6 +42,9 @@ class BlockwiseModel:
         blocks: in order.
         dtype: floating dtype of the arithmetic; stored weights are converted to it.
         schemes: of quantized matrices by module name; empty for a dense checkpoint.
+        routers: names of the matrices that choose between experts.
+        expert_layers: names of the modules that hold experts.
+        cuts: by parameter name, where it lies in a tensor that holds all experts.
         input_levels: of static input grids by module name, for blocks loaded so far.
     """
 
@@ -52,10 +54,15 @@ class BlockwiseModel:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.trust_remote_code = trust_remote_code
         self.model = _skeleton(checkpoint, dtype, trust_remote_code)
+        experts = find_experts(self.model)
+        self.routers, self.expert_layers = find_routers(self.model, experts), tuple(layer.name for layer in experts)
+        names = SourceNames.of(self.model, experts, checkpoint)
+        for layer in experts:
+            unstack(layer, names.stacked(layer))
+        self.source_names, self.cuts = names.by_parameter, names.cuts
         self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
         self.schemes = self._read_schemes()
         self.input_levels: dict[str, Levels] = {}
-        self.source_names = self._match_names()
         self._require_complete()
         self._prefixes = tuple(block.name + "." for block in self.blocks)
         self._place_buffers()
@@ -87,7 +94,8 @@ class BlockwiseModel:
                 stem = self.disk_name(f"{module}.weight").removesuffix("weight")
                 value = self._unpack(module, {s[len(stem) :]: t for s, t in tensors.items() if s.startswith(stem)})
             elif source:
-                value = self._in_working_dtype(tensors[source[0]])
+                cut, stored = self.cuts.get(f"{module}.{attribute}"), tensors[source[0]]
+                value = self._in_working_dtype(stored if cut is None else cut.view(stored).clone())
             else:  # tied to another one
                 continue
             self._put(module, attribute, value)
@@ -141,7 +149,8 @@ class BlockwiseModel:
     def block_sources(self, index: int) -> list[str]:
         """Names on disk of the tensors that make up one block."""
         prefix = self._prefixes[index]
-        return [s for target, sources in self.source_names.items() if target.startswith(prefix) for s in sources]
+        sources = (s for target, found in self.source_names.items() if target.startswith(prefix) for s in found)
+        return list(dict.fromkeys(sources))  # many parameters are cut from one stacked tensor
 
     def rest_sources(self) -> list[str]:
         """Names on disk of every tensor outside the blocks, those the model does not use among them."""
@@ -152,11 +161,28 @@ class BlockwiseModel:
         """The name on disk of a parameter ``module.weight``."""
         return self.source_names[parameter][0]
 
+    @property
+    def linears(self) -> list[str]:
+        """Names of every Linear."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+
+    def stored_name(self, module: str) -> str:
+        """How a checkpoint's configuration calls a matrix: as transformers does, but an expert as its tensors are."""
+        if not self._is_expert(module) or isinstance(self.model.get_submodule(module), StackedLinear):
+            return module
+        own = (self.source_names.get(f"{module}.{suffix}") for suffix in ("weight", *QUANTIZED_SUFFIXES))
+        sources = next(found for found in own if found)
+        return split_quantized(sources[0])[0].removesuffix(".weight")
+
     def stored_tensors(self, module: str) -> dict[str, Tensor]:
         """What is stored of a quantized matrix, by name within it (``weight_scale`` …), its bias left out."""
-        parts = {t.removeprefix(module + "."): s[0] for t, s in self.source_names.items() if _is_part(t, module)}
+        own = {suffix: self.source_names.get(f"{module}.{suffix}") for suffix in ("weight", *QUANTIZED_SUFFIXES)}
+        parts = {suffix: sources[0] for suffix, sources in own.items() if sources}
         read = self.checkpoint.read(parts.values())
         return {suffix: read[source] for suffix, source in parts.items()}
+
+    def _is_expert(self, module: str) -> bool:
+        return any(module.startswith(name + ".") for name in self.expert_layers)
 
     def _block_parameters(self) -> Iterator[str]:
         for block in self.blocks:
@@ -166,29 +192,8 @@ class BlockwiseModel:
         quantization: dict[str, Any] | None = self.checkpoint.config.get("quantization_config")
         if not quantization:
             return {}
-        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        return schemes_of(quantization, linears)
-
-    def _match_names(self) -> dict[str, list[str]]:
-        """Parameter (or ``module.weight_scale`` …) → names on disk."""
-        transforms = get_model_conversion_mapping(self.model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
-        known = dict(self.model.state_dict(keep_vars=True))
-        matched: dict[str, list[str]] = defaultdict(list)
-        for source in self.checkpoint.tensors:
-            stem, suffix = _split_quantized(source, self.schemes)
-            target, pattern = rename_source_key(
-                stem, renamings, converters, self.model.base_model_prefix, known  # type: ignore[arg-type]
-            )  # fmt: skip
-            if pattern is not None and target in known:
-                raise UserError(
-                    f"{source} is merged into {target} when transformers loads it", str(self.checkpoint.folder),
-                    f"the layout of {type(self.model).__name__} is not supported yet",
-                )  # fmt: skip
-            if target in known:
-                matched[target.removesuffix("weight") + suffix if suffix else target].append(source)
-        return matched
+        stored = {self.stored_name(name): name for name in self.linears}
+        return {stored[name]: scheme for name, scheme in schemes_of(quantization, stored).items()}
 
     def _require_complete(self) -> None:
         """Every parameter has its tensor on disk, of the shape config.json promises: told before anything is read."""
@@ -200,7 +205,9 @@ class BlockwiseModel:
                 if name in tied:
                     continue
                 raise UserError("the checkpoint lacks this weight", name, "give a complete checkpoint")
-            info = self.checkpoint.tensors[self.source_names[name][0]]
+            info, cut = self.checkpoint.tensors[self.source_names[name][0]], self.cuts.get(name)
+            if cut and cut.fits(info.shape, tuple(parameter.shape)):
+                continue
             if info.shape != tuple(parameter.shape):
                 shapes = f"has the shape {info.shape}, config.json says {tuple(parameter.shape)}"
                 raise UserError(shapes, name, "give the config.json that belongs to the weights")
@@ -224,10 +231,16 @@ class BlockwiseModel:
         setattr(owner, attribute, nn.Parameter(value.to(self.device), requires_grad=False))
 
     def _read_one(self, name: str) -> Tensor:
-        source = self.source_names[name][0]
-        value = self.checkpoint.read([source])[source]
+        source, cut = self.source_names[name][0], self.cuts.get(name)
+        if cut is None:
+            value = self.checkpoint.read([source])[source]
+        else:
+            value = cut.read(lambda first, last: self.checkpoint.read_rows(source, first, last), self._rows(source))
         require_finite(name, value)
         return self._in_working_dtype(value)
+
+    def _rows(self, source: str) -> int:
+        return self.checkpoint.tensors[source].shape[0]
 
     def _in_working_dtype(self, value: Tensor) -> Tensor:
         return value.to(self.dtype) if value.is_floating_point() else value
@@ -247,29 +260,6 @@ class BlockwiseModel:
             value = self._read_one(name) if name in self.source_names else buffer
             owner_name, _, attribute = name.rpartition(".")
             self.model.get_submodule(owner_name)._buffers[attribute] = value.to(self.device)
-
-
-_QUANTIZED_SUFFIXES = (
-    "weight_packed",
-    "weight_scale",
-    "weight_zero_point",
-    "weight_shape",
-    "input_scale",
-    "input_zero_point",
-)
-
-
-def _split_quantized(source: str, schemes: dict[str, Scheme]) -> tuple[str, str]:
-    """``a.weight_scale`` → (``a.weight``, ``weight_scale``); other names → (name, "")."""
-    for suffix in _QUANTIZED_SUFFIXES if schemes else ():
-        if source.endswith("." + suffix):
-            return source.removesuffix(suffix) + "weight", suffix
-    return source, ""
-
-
-def _is_part(target: str, module: str) -> bool:
-    head, _, last = target.rpartition(".")
-    return head == module and (last == "weight" or last in _QUANTIZED_SUFFIXES)
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
