@@ -3,4 +3,7 @@
 #: name, which is its file's → what it does, for --help; the first needs no name
 COMMANDS = {
     "compress": "compress a checkpoint (what happens without a subcommand)",
+    "inspect": "show what a checkpoint holds; verify a compressed one",
+    "bench": "measure speed and memory of a folder beside its dense model",
+    "generate": "let a folder continue a prompt",
 }

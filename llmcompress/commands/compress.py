@@ -34,8 +34,9 @@ def run(arguments: Sequence[str]) -> int:
     )
     if options.dry_run:
         found = api.plan(
-            options.model, options.recipe, options.output, wanted, overrides=options.set, force=options.force
-        )
+            options.model, options.recipe, options.output, wanted,
+            overrides=options.set, force=options.force or options.resume,
+        )  # fmt: skip
         print(json.dumps(found.to_dict(), indent=2) if options.json else found.text())
         return 0
     report = api.compress(
@@ -45,8 +46,9 @@ def run(arguments: Sequence[str]) -> int:
         wanted,
         overrides=options.set,
         force=options.force,
+        resume=options.resume,
         progress=Progress(silent=options.json),
-        command=shlex.join(["python", "-m", "llmcompress", *arguments]),
+        command=shlex.join(["python", "-m", "llmcompress", *(a for a in arguments if a != "--resume")]),
     )
     print(report.to_json() if options.json else report.table())
     return 0
@@ -78,6 +80,7 @@ def _parser() -> Parser:
     )
     add("--output", metavar="DIR", help="folder to write (default: compressed/<model>-<recipe>)")
     add("--force", action="store_true", help="replace an output folder this program wrote before")
+    add("--resume", action="store_true", help="go on with a run that was killed or interrupted")
     add("--dry-run", action="store_true", help="print what would be done, and write nothing")
     add("--json", action="store_true", help="print only the report, as JSON")
 

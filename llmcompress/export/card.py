@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmcompress.report import Report
+from llmcompress.resources import model_presets
 from llmcompress.table import bytes_text, figure
 
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -24,24 +27,80 @@ def model_card(report: Report, recipe_yaml: str, base_model: str, source: str | 
     """
     inherited = _inherited(source)
     name = Path(base_model).name
-    data = ModelCardData(
-        base_model=base_model if _is_hub_id(base_model) else None,
-        base_model_relation="quantized" if _is_hub_id(base_model) else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["llmcompress", *(["compressed-tensors"] if _is_quantized(report) else []), report.recipe],
-        **inherited,
-    )
+    data = metadata(report, base_model, inherited)
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}, compressed by the recipe {report.recipe}",
         _summary(report, name),
         "## What it cost and what it bought\n\n" + _figures(report),
-        f"## How to load it\n\n```python\n{_LOADING}```",
+        "## Data\n\n" + _data(report),
+        f"## How to load it\n\n```python\n{_LOADING}```" + _needs(report),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(report, inherited)),
         f"## How it was made\n\n{_origin(report)}\n\n```yaml\n{recipe_yaml.strip()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def metadata(report: Report, base_model: str, inherited: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub reads: relation to the dense model, data, licence, and the figures as its ``model-index``.
+
+    Args:
+        report: of the run.
+        base_model: preset, folder or Hub id of the dense model.
+        inherited: ``license`` and others of the dense model's own card.
+    """
+    hub_id = _hub_id(base_model)
+    source = str(report.calibration.get("source", ""))
+    quantized = _is_quantized(report)
+    return ModelCardData(
+        base_model=hub_id,
+        base_model_relation="quantized" if hub_id and quantized else None,
+        datasets=[_data_set(source)] if _data_set(source) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llmcompress", *(["compressed-tensors"] if quantized else []), report.recipe],
+        model_name=Path(report.output).name or f"{Path(base_model).name}-{report.recipe}",
+        eval_results=_results(report) or None,
+        **inherited,
+    )
+
+
+def metrics(report: Report) -> dict[str, float]:
+    """The figures of quality by the name they have in the card's metadata; none if nothing was evaluated."""
+    found = {
+        "perplexity": report.perplexity["after"],
+        "kl_divergence": report.kl_divergence,
+        "top1_agreement": report.top1_agreement,
+    }
+    return {kind: value for kind, value in found.items() if value is not None}
+
+
+_METRIC_NAMES = {
+    "perplexity": "perplexity per token",
+    "kl_divergence": "KL(dense ‖ compressed), nats per token",
+    "top1_agreement": "top-1 agreement with the dense model",
+}
+
+
+def _results(report: Report) -> list[EvalResult]:
+    evaluation = report.evaluation
+    if not evaluation:
+        return []
+    source = str(evaluation["source"])
+    arguments = {key: evaluation[key] for key in ("samples", "length", "seed") if key in evaluation}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type=_data_set(source) or ("self" if source == "self" else "text"),
+            dataset_name="the dense model's own samples" if source == "self" else Path(source).name,
+            dataset_args=arguments,
+            metric_type=kind,
+            metric_name=_METRIC_NAMES[kind],
+            metric_value=value,
+        )
+        for kind, value in metrics(report).items()
+    ]
 
 
 _LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,6 +145,28 @@ def _figures(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _data(report: Report) -> str:
+    rows = [["", "text", "rows", "tokens per row", "tokens", "seed"]]
+    for purpose, described in (("calibration", report.calibration), ("evaluation", report.evaluation)):
+        if described:
+            samples, length = described["samples"], described["length"]
+            cells = [_source(described), samples, length, samples * length, described.get("seed", "")]
+            rows.append([purpose, *(str(cell) for cell in cells)])
+    if len(rows) == 1:
+        return "No data was used."
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---|---|---:|---:|---:|---:|")
+    if report.calibration.get("source") == "self":
+        lines.append(
+            "\nThe model's own samples are drawn from the dense model with the seed; no outside text was used."
+        )
+    return "\n".join(lines)
+
+
+def _needs(report: Report) -> str:
+    return "\n\nIt takes `pip install transformers compressed-tensors`." if _is_quantized(report) else ""
+
+
 def _limits(report: Report, inherited: dict[str, Any]) -> list[str]:
     lines = ["The base model's limits and biases hold here too, and compression can shift them in ways not measured."]
     if report.sparsity:
@@ -115,14 +196,32 @@ def _is_quantized(report: Report) -> bool:
 
 
 def _rows(described: dict[str, Any]) -> str:
-    source = described["source"]
-    text = "the model's own samples" if source == "self" else f"`{Path(str(source)).name}`"
-    return f"{text}, {described['samples']} × {described['length']} tokens"
+    return f"{_source(described)}, {described['samples']} × {described['length']} tokens"
 
 
-def _is_hub_id(model: str) -> bool:
+def _source(described: dict[str, Any]) -> str:
+    source = str(described["source"])
+    if source == "self":
+        return "the model's own samples"
+    return f"`{source if _data_set(source) else Path(source).name}`"
+
+
+def _data_set(source: str) -> str:
+    """The Hub id of ``NAME:config:split``; empty for the model's own samples and for files, which say nothing to a
+    reader elsewhere."""
+    name = source.partition(":")[0]
+    if name.endswith((".txt", ".jsonl", ".safetensors")):
+        return ""
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists() else ""
+
+
+def _hub_id(model: str) -> str | None:
     """A local path is no use to a reader elsewhere, and the Hub refuses it as a base model."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+    preset = model_presets().get(model)
+    location = str(preset.location) if preset else model
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", location) or Path(location).exists():
+        return None
+    return location
 
 
 def _inherited(source: str | Path | None) -> dict[str, Any]:
