@@ -1,0 +1,159 @@
+"""``report.html``: the figures of ``report.json`` as tables and pictures, with what made them and what to try next.
+
+Pictures are drawn when the page is made; tables are filled in at the end, so that they can hold what drawing took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmcompress.pages.advice import advice, outstanding
+from llmcompress.pages.maps import bits_map, error_map, per_cent, short_block, zeros_map
+from llmcompress.pages.plots import (
+    choice_pictures,
+    cost_picture,
+    outlier_pictures,
+    recovery_picture,
+    search_picture,
+)
+from llmcompress.pages.results import SPEEDS, Result
+from llmcompress.pages.template import filled
+from llmcompress.report import MatrixReport, Report
+from llmcompress.table import bytes_text, change, grouped_warnings
+
+#: matrices listed one by one; of more, those of the largest errors
+LISTED = 700
+#: inputs of which the outliers are listed
+INPUTS_LISTED = 12
+
+
+class ReportPage:
+    """The page of one report.
+
+    Args:
+        result: a compressed folder; the figures of time in its report may still change until `html` is called.
+    """
+
+    def __init__(self, result: Result) -> None:
+        self.result, report = result, result.report
+        self._outliers = outlier_pictures(report)
+        choices = [*choice_pictures(report), search_picture(report), recovery_picture(report)]
+        self._choices = [picture for picture in choices if picture is not None]
+        self._cost = cost_picture(report)
+
+    def html(self) -> str:
+        """The whole file. The same result gives the same text."""
+        result, report = self.result, self.result.report
+        matrices = _listed(report)
+        return filled(
+            "report.html",
+            title=f"{report.model}, {report.recipe}",
+            name=report.model.rstrip("/").split("/")[-1] if report.model.startswith(("/", ".", "~")) else report.model,
+            report=report,
+            tiles=_tiles(report),
+            headline=[*report.headline(), *_speed_rows(result)],
+            advice=advice(report),
+            warnings=[line.removeprefix("warning: ") for line in grouped_warnings(report.to_dict()["warnings"])],
+            maps=_maps(report),
+            outstanding=outstanding(report),
+            outliers=self._outliers,
+            inputs=_inputs(report),
+            choices=self._choices,
+            cost=self._cost,
+            phases=_phases(report),
+            matrices=matrices,
+            unlisted=len(report.matrices) - len(matrices),
+            command=result.command,
+            recipe=result.recipe,
+            facts=_facts(report),
+            short_block=short_block,
+            per_cent=per_cent,
+        )
+
+
+def report_page(result: Result) -> str:
+    """The page at once."""
+    return ReportPage(result).html()
+
+
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    """(figure, what it is, beside it) of the few that matter most."""
+    size, perplexity = report.size_bytes, report.perplexity
+    tiles = []
+    if change(size):
+        tiles.append(
+            (change(size), "size of the weights", f"{bytes_text(size['before'])} → {bytes_text(size['after'])}")
+        )
+    if change(perplexity):
+        between = f"{perplexity['before']:.2f} → {perplexity['after']:.2f}"
+        tiles.append((change(perplexity), "perplexity per token", between))
+    if report.kl_divergence is not None:
+        spread = "" if report.kl_stderr is None else f"± {report.kl_stderr:.4f}"
+        tiles.append((f"{report.kl_divergence:.4f}", "KL from the dense model, nats per token", spread))
+    if report.top1_agreement is not None:
+        tiles.append((f"{report.top1_agreement:.1%}", "same most likely token", ""))
+    peak = f"peak memory {bytes_text(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
+    tiles.append((f"{report.seconds:.1f} s", "to make it", peak))
+    return tiles
+
+
+def _speed_rows(result: Result) -> list[list[str]]:
+    rows = []
+    for kind in SPEEDS:
+        speed = result.speeds.get(kind)
+        if speed is not None:
+            before = "" if speed.before is None else f"{speed.before:.1f}"
+            ratio = change({"before": speed.before, "after": speed.after})
+            rows.append([f"{kind}, tokens per second", before, f"{speed.after:.1f}", ratio])
+    return rows
+
+
+def _maps(report: Report) -> list[dict[str, Any]]:
+    error = "‖W X − Q X̂‖² ÷ ‖W X‖² on calibration rows; the colour is its logarithm."
+    bits = "As stored, scales included; zeros are stored like other weights."
+    found = [
+        ("errors", "Relative error, %", error, error_map(report)),
+        ("zeros", "Zeros, %", "Share of weights that are exactly zero.", zeros_map(report)),
+        ("bits", "Bits per weight", bits, bits_map(report)),
+    ]
+    return [{"key": k, "heading": h, "caption": c, "map": m} for k, h, c, m in found if m is not None]
+
+
+def _inputs(report: Report) -> list[tuple[str, float, float | None, str]]:
+    """(group, outlier ratio before, after smoothing, why it was not smoothed), those of the largest ratios."""
+    found = []
+    for block in report.blocks:
+        for group in block.groups:
+            ratios = group.inputs.get("outlier_ratio") or {}
+            if ratios.get("before") is not None:
+                found.append((group.name, ratios["before"], ratios.get("after"), group.fold_refusal))
+    return sorted(found, key=lambda row: -row[1])[:INPUTS_LISTED]
+
+
+def _phases(report: Report) -> list[tuple[str, float, float]]:
+    """(name, seconds, share of the whole run in per cent), the longest first; what no phase counts is the last."""
+    listed = sorted(report.seconds_by_phase.items(), key=lambda item: -item[1])
+    other = report.seconds - sum(seconds for _, seconds in listed)
+    if other > 0.005 * report.seconds:
+        listed.append(("other", other))
+    return [(name, seconds, 100 * seconds / max(report.seconds, 1e-9)) for name, seconds in listed]
+
+
+def _listed(report: Report) -> list[MatrixReport]:
+    """In order, as many as a page can bear."""
+    matrices = report.matrices
+    if len(matrices) <= LISTED:
+        return matrices
+    ranks = sorted(range(len(matrices)), key=lambda i: -(matrices[i].relative_error or 0.0))[:LISTED]
+    return [matrices[i] for i in sorted(ranks)]
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    facts = [("model", report.model), ("recipe", report.recipe), ("seed", str(report.seed))]
+    for name, rows in (("calibrated on", report.calibration), ("judged on", report.evaluation)):
+        if rows:
+            facts.append((name, f"{rows['source']}: {rows['samples']} × {rows['length']} tokens"))
+    if report.structure:
+        kept = ", ".join(f"{n} of {total} {kind}" for kind, (n, total) in report.structure["kept per block"].items())
+        facts.append(("kept in every block", kept))
+    facts += [("written to", report.output)] if report.output else []
+    return [*facts, *sorted(report.versions.items())]
