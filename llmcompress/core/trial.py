@@ -20,8 +20,8 @@ from llmcompress.core.stats import InputStats
 FIT_TOKENS, HELD_TOKENS, TRIAL_OUTPUTS = 2048, 512, 1024
 #: fits of all trials together use at most this share of the rows
 FIT_SHARE = 0.5
-#: standard errors by which a choice has to beat the plain one
-NOISE = 2.0
+#: standard errors by which a choice has to beat the plain one; three, as many choices are made: some for every input
+NOISE = 3.0
 
 Choice = TypeVar("Choice", bound=Hashable)
 
