@@ -6,6 +6,7 @@ already come from a safetensors file, so that another program can be given the v
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,16 @@ from llmcompress.documents import Record, dataset_records, document_tokens, json
 from llmcompress.errors import UserError
 from llmcompress.sampling import check_length, self_samples
 
-__all__ = ["EVALUATION_TOKENS", "ROWS", "SELF", "Calibration", "evaluation_rows", "self_samples", "token_rows"]
+__all__ = [
+    "EVALUATION_TOKENS",
+    "ROWS",
+    "SELF",
+    "Calibration",
+    "digest",
+    "evaluation_rows",
+    "self_samples",
+    "token_rows",
+]
 
 #: the source that needs no data
 SELF = "self"
@@ -58,6 +68,11 @@ class Calibration:
             raise UserError(f"rows of {self.length} tokens", "--length", "use at least 2: one predicts the next")
         if self.seed < 0:
             raise UserError(f"seed {self.seed} is negative", "--seed", "use 0 or more")
+
+
+def digest(tokens: Tensor) -> str:
+    """SHA-256 of (N, T) token rows: those who have the same were judged on the same."""
+    return hashlib.sha256(tokens.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def token_rows(
