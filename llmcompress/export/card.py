@@ -87,7 +87,7 @@ def _results(report: Report) -> list[EvalResult]:
     if not evaluation:
         return []
     source = str(evaluation["source"])
-    arguments = {key: evaluation[key] for key in ("samples", "length", "seed") if key in evaluation}
+    arguments: dict[str, Any] = {key: evaluation[key] for key in ("samples", "length", "seed") if key in evaluation}
     return [
         EvalResult(
             task_type="text-generation",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from llmcompress.core.grid import QuantGrid
 from llmcompress.core.sparsity import Sparsity
@@ -136,7 +136,8 @@ def _check_card(folder: Path, report: Report, verdict: Verdict) -> None:
         verdict.skip(f"{_CARD}: there is none")
         return
     try:
-        results = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.eval_results or []
+        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        results: list[EvalResult] = data.get("eval_results") or []
         found = {r.metric_type: r.metric_value for r in results if r.metric_type in metrics(report)}
     except (ValueError, OSError, TypeError, AttributeError) as error:
         verdict.fail("card", _CARD, f"its metadata cannot be read: {str(error)[:120]}")

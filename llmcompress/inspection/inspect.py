@@ -106,6 +106,8 @@ def inspect(
     _inspect_tensors(found, checkpoint, model, claims, recipe, advance)
     if record is not None:
         _check_record(found, folder, record, claims)
+    elif found.compressed:
+        verdict.skip(f"hashes, zeros, masks, recipe and report: no record ({RECORD}) says what they should be")
     if model is not None:
         _send_tokens(found, model, advance)
     return found

@@ -167,11 +167,10 @@ def _schemes(
     if not config:
         return {}
     if model is not None:
-        linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
-        linears += sorted(set(names) - {name for name, _ in model.model.named_modules()})  # experts stored one by one
-    else:  # what carries scales is a Linear, or was taken for one
-        linears = [n for n, own in zip(names, parts.values(), strict=True) if len(own.keys() - {"weight"})]
-    return library_schemes(config, linears)
+        stored = {model.stored_name(name): name for name in model.linears}
+        return {stored[name]: scheme for name, scheme in library_schemes(config, stored).items()}
+    # what carries scales is a Linear, or was taken for one
+    return library_schemes(config, [n for n, own in zip(names, parts.values(), strict=True) if own.keys() - {"weight"}])
 
 
 def _transposed(model: BlockwiseModel | None) -> set[str]:

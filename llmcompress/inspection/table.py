@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from statistics import median
+from statistics import median_low
 
 from llmcompress.inspection.figures import MatrixFigures
 from llmcompress.inspection.inspect import Inspection
@@ -90,8 +90,8 @@ def standing_out(matrices: list[MatrixFigures]) -> dict[str, str]:
         kinds[re.sub(r"\b\d+\b", "*", figures.name)].append(figures)
     notes: dict[str, str] = {}
     for same in kinds.values():
-        bits, zeros = median(m.bits for m in same), median(m.sparsity for m in same)
-        row, column = (median(getattr(m, f"{axis}_outlier") for m in same) for axis in ("row", "column"))
+        bits, zeros = median_low(m.bits for m in same), median_low(m.sparsity for m in same)
+        row, column = (median_low(getattr(m, f"{axis}_outlier") for m in same) for axis in ("row", "column"))
         for m in same:
             told = [
                 f"{m.bits:.2f} bits" if abs(m.bits - bits) > _BITS_STEP else "",

@@ -128,15 +128,15 @@ def _shapes_fit(name: str, tensors: Mapping[str, Tensor], scheme: QuantizationSc
     if not verdict.require(fits, "config", name, f"{said}, {found}"):
         return False
     strategy = QuantizationStrategy(weights.strategy)
-    sizes = {
+    sizes: dict[QuantizationStrategy, list[tuple[int, ...]]] = {
         QuantizationStrategy.TENSOR: [(1,), (1, 1), ()],
         QuantizationStrategy.CHANNEL: [(rows, 1)],
-        QuantizationStrategy.GROUP: [(rows, columns // weights.group_size)] if weights.group_size else [],
-    }[strategy]
+        QuantizationStrategy.GROUP: [(rows, -(-columns // max(weights.group_size or columns, 1)))],
+    }
     scale = tensors["weight_scale"]
     per = f"a scale per {strategy.value}" + (f" of {weights.group_size}" if weights.group_size else "")
     return verdict.require(
-        tuple(scale.shape) in sizes, "config", f"{name}.weight_scale", f"{per} is {sizes[0] if sizes else '-'}, "
+        tuple(scale.shape) in sizes[strategy], "config", f"{name}.weight_scale", f"{per} is {sizes[strategy][0]}, "
         f"found {tuple(scale.shape)}",
     )  # fmt: skip
 
