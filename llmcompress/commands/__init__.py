@@ -3,7 +3,10 @@
 #: name, which is its file's → what it does, for --help; the first needs no name
 COMMANDS = {
     "compress": "compress a checkpoint (what happens without a subcommand)",
+    "eval": "measure a model on texts and lm-eval tasks, beside the one it was made from",
     "inspect": "show what a checkpoint holds; verify a compressed one",
     "bench": "measure speed and memory of a folder beside its dense model",
     "generate": "let a folder continue a prompt",
+    "report": "write report.html of a folder anew",
+    "compare": "set several folders beside each other: quality, size, speed",
 }

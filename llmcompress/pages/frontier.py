@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from llmcompress.pages.results import SPEEDS, Result
 from llmcompress.report import Report
+from llmcompress.table import bytes_text, figure
 
 #: relative difference of the dense perplexity up to which two runs had the same dense model
 SAME = 1e-3
@@ -22,7 +23,7 @@ class Axis:
     """What is paid against the divergence; less is better.
 
     Attributes:
-        key: ``size``, ``work``, ``decode`` or ``prefill``.
+        key: ``size``, ``nonzero``, ``decode`` or ``prefill``.
         label: for a plot.
         values: of every result of the group, None where it is not known.
     """
@@ -71,13 +72,26 @@ def ranked(results: Sequence[Result]) -> list[Ranked]:
 
 
 def comparable(a: Report, b: Report) -> bool:
-    """Whether both are judged on the same tokens, against the same dense model; what is not judged is with its like."""
-    if a.size_bytes["before"] != b.size_bytes["before"] or _rows(a) != _rows(b):
-        return False
-    ours, theirs = a.perplexity["before"], b.perplexity["before"]
-    if ours is None or theirs is None:
-        return ours is theirs and (bool(_rows(a)) or a.model == b.model)
-    return math.isclose(ours, theirs, rel_tol=SAME)
+    """Whether both are judged on the same tokens, against the same dense model."""
+    return not differences(a, b)
+
+
+def differences(a: Report, b: Report) -> list[str]:
+    """Why two reports cannot be compared, in plain words; nothing if they can."""
+    found = []
+    before = [r.size_bytes["before"] for r in (a, b)]
+    dense = [r.perplexity["before"] for r in (a, b)]
+    if bool(a.evaluation) != bool(b.evaluation):
+        found.append("one of them was not judged")
+    elif _rows(a) != _rows(b):
+        found.append("judged on other tokens")
+    if before[0] != before[1]:
+        found.append(f"another dense model: {bytes_text(before[0])} and {bytes_text(before[1])}")
+    elif found or not a.evaluation:
+        found += ["another dense model, by its name"] if a.model != b.model and not found else []
+    elif dense[0] is None or dense[1] is None or not math.isclose(dense[0], dense[1], rel_tol=SAME):
+        found.append(f"another dense model: its perplexity is {figure(dense[0], '.3f')} and {figure(dense[1], '.3f')}")
+    return found
 
 
 def nonzero_weights(report: Report) -> float:
@@ -112,7 +126,7 @@ def _rank(group: list[Result]) -> Ranked:
     reports = [r.report for r in group]
     axes = [
         Axis("size", "weights on disk, MiB", [_mebibytes(r.size_bytes["after"]) for r in reports]),
-        Axis("work", "non-zero weights, millions", [nonzero_weights(r) / 1e6 or None for r in reports]),
+        Axis("nonzero", "non-zero weights, millions", [nonzero_weights(r) / 1e6 or None for r in reports]),
     ]
     machines = {r.machine for r in group if r.speeds}
     for kind in SPEEDS if len(machines) == 1 else ():

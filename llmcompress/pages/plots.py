@@ -175,6 +175,10 @@ def search_picture(report: Report) -> Picture | None:
     start, best = (report.search[key]["perplexity"] for key in ("start", "best"))
     rows = f"{len(report.search['validation_rows'])} of {report.search['rows']} calibration rows"
     said = f"Perplexity on {rows}: {start:.4f} at the start, {best:.4f} at the best of {len(moves)} moves."
+    taken = report.search["best"]["ratios"]
+    said += (
+        f" Ratios block by block: {', '.join(f'{ratio:g}' for ratio in taken)}." if len(taken) <= POINTS // 10 else ""
+    )
     numbers = list(range(1, len(moves) + 1))
     with canvas(220) as figure:
         axis = figure.subplots()
@@ -207,6 +211,7 @@ def recovery_picture(report: Report) -> Picture | None:
         axis = figure.subplots()
         axis.plot(steps, losses[::stride], color=SERIES[0], linewidth=1.4)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.set_ylabel("KL, nats per token")
         axis.set_ylim(bottom=0)
         axis.grid(axis="y")
