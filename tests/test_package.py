@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = {
     "torch", "transformers", "accelerate", "datasets", "safetensors", "compressed-tensors",
-    "numba", "greenlet", "scipy", "pyyaml", "tqdm",
+    "numba", "greenlet", "scipy", "pyyaml", "tqdm", "matplotlib", "jinja2",
 }  # fmt: skip
 
 
@@ -55,7 +55,8 @@ def metadata(wheel: Path, name: str) -> str:
 def test_the_wheel_carries_every_recipe_and_the_checkpoint_byte_for_byte(wheel: Path) -> None:
     data = ROOT / "llmcompress" / "data"
     expected = {f"llmcompress/configs/{p.name}": p for p in (ROOT / "configs").glob("*.yaml")}
-    expected |= {p.relative_to(ROOT).as_posix(): p for p in data.rglob("*") if p.is_file()}
+    templates = ROOT / "llmcompress" / "pages" / "templates"
+    expected |= {p.relative_to(ROOT).as_posix(): p for d in (data, templates) for p in d.rglob("*") if p.is_file()}
     assert "llmcompress/configs/models.yaml" in expected
     assert "llmcompress/data/tiny-llama/model.safetensors" in expected
     with zipfile.ZipFile(wheel) as archive:
@@ -68,7 +69,8 @@ def test_the_wheel_carries_the_program_and_nothing_else(wheel: Path) -> None:
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmcompress").rglob("*.py")}
     assert {n for n in names if n.endswith(".py")} == modules
-    assert all(n.startswith(("llmcompress/configs/", "llmcompress/data/")) for n in names - modules)
+    beside = ("llmcompress/configs/", "llmcompress/data/", "llmcompress/pages/templates/")
+    assert all(n.startswith(beside) for n in names - modules)
 
 
 def test_the_wheel_carries_its_licence(wheel: Path) -> None:
