@@ -8,7 +8,7 @@ Departures: a move compresses from the block it changes on, not the whole model;
 not the last; and once they are found, all rows calibrate the model that is written.
 
 What is drawn for a move follows from the seed and the move's number. So the moves so far and what they found, kept in a
-file beside the result while the search runs, are all that a search needs to go on after an interruption."""
+file while the search runs, are all that a search needs to go on after an interruption."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Annealing:
                     advance(1)
         except KeyboardInterrupt:
             done = f"{len(chain.moves)} of {moves}"
-            self.progress.say(f"annealing: stopped after move {done}; the same command goes on from there")
+            self.progress.say(f"annealing: stopped after move {done}")
             raise
         return with_ratios(self.recipe, chain.best_ratios), self._figures(chain, resumed, time.perf_counter() - began)
 
@@ -154,11 +154,6 @@ class Annealing:
             "seconds": seconds,
             "moves": [asdict(move) for move in chain.moves],
         }
-
-
-def state_file(output: Path) -> Path:
-    """Where a search for this output folder keeps how far it is."""
-    return output.with_name(f".{output.name}.annealing.json")
 
 
 def searched(recipe: Recipe) -> Clip | None:

@@ -32,6 +32,7 @@ def compress(
     *,
     overrides: Iterable[str] = (),
     force: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     command: str = "",
 ) -> Report:
@@ -43,7 +44,8 @@ def compress(
         output: folder to write; default ``compressed/<model>-<recipe>``.
         options: calibration, evaluation, arithmetic.
         overrides: ``stage.key=value`` changes to the recipe.
-        force: replace an output this program wrote before.
+        force: replace an output this program wrote before, and discard an unfinished run.
+        resume: go on with a run that was killed or interrupted, whose state is in ``<output>.partial``.
         progress: where to show it; None is silent.
         command: the command line, for the record.
 
@@ -51,12 +53,13 @@ def compress(
         The report that is also saved as ``report.json``.
 
     Raises:
-        UserError: bad input; nothing has been written then.
+        UserError: bad input; nothing has been written then. A `Fault` of the machine, such as a full disk, leaves what
+            ``resume`` goes on with.
     """
     options = options or Options()
-    source, recipe, target = _prepare(model, recipe, output, options, overrides, force)
+    source, recipe, target = _prepare(model, recipe, output, options, overrides, force or resume)
     with progress or Progress(silent=True) as shown:
-        return Run(source, recipe, options, shown, command).execute(target, force)
+        return Run(source, recipe, options, shown, command).execute(target, force, resume)
 
 
 def plan(

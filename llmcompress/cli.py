@@ -26,6 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"llmcompress: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("llmcompress: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"llmcompress: interrupted, {str(error) or 'nothing was written'}", file=sys.stderr)
         return 130

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from llmcompress.errors import UserError
+from llmcompress.model.load import BlockwiseModel
 
 _FORM = "form"
 
@@ -69,6 +70,11 @@ def digest(tree: object) -> str:
             found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def kept_bytes(model: BlockwiseModel, tokens: int) -> int:
+    """Bytes on disk of what travels between blocks: the last block's and the present one's, of two lanes."""
+    return 4 * tokens * int(model.model.config.get_text_config().hidden_size) * model.dtype.itemsize
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -134,7 +134,7 @@ class Recompression:
         walked = [block.module for block in self.model.blocks]
         with gates(judged), Returns(walked) as from_walk, Returns(judged) as from_judge:
             forwards = self._validation_forwards(start, entry.validation)
-            for index, finished in enumerate(walk.run(start, entry.calibration), start):
+            for index, finished in enumerate(walk.run(start, [entry.calibration]), start):
                 self.blocks += 1
                 self._through(index, finished, forwards)
                 following = index + 1

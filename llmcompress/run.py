@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llmcompress.annealing import Annealing, searched, state_file
+from llmcompress.annealing import Annealing, searched, with_ratios
 from llmcompress.arithmetic import choose_device, choose_dtype
-from llmcompress.calibration import Calibration, evaluation_rows, token_rows
+from llmcompress.calibration import Calibration, digest, evaluation_rows, token_rows
 from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.card import model_card
 from llmcompress.export.checkpoint import CheckpointWriter
 from llmcompress.export.companions import COMPANIONS, REMOTE_CODE
-from llmcompress.export.destination import RECORD, check_disk_space
+from llmcompress.export.destination import RECORD, check_disk_space, sync
 from llmcompress.export.quantized import Scheme, quantization_config, storage_note
+from llmcompress.hidden_states import kept_bytes
+from llmcompress.identity import differences, hashed_files, identity
+from llmcompress.keeper import Keeper
 from llmcompress.measure import Phases, peak_memory_bytes, versions
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
@@ -32,6 +36,7 @@ from llmcompress.recompress import Recompression
 from llmcompress.recover import recover
 from llmcompress.report import Report
 from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, removable, restructure
+from llmcompress.resume import KeptBlock, Workplace, folder_of
 from llmcompress.sampling import self_samples
 from llmcompress.walk import Walk, samples_needed, warm_up
 
@@ -98,94 +103,160 @@ class Run:
         self.source, self.recipe, self.options = source, recipe, options
         self.progress, self.command = progress, command
         self.phases = Phases()
+        self._known: dict[str, Any] | None = None
 
-    def execute(self, target: Path, force: bool) -> Report:
-        """Calibrates, walks, evaluates and publishes."""
-        source = self.source
-        with self.phases("load"):
-            dense = source.open()
-        walked = self.recipe.blockwise
+    def execute(self, target: Path, force: bool = False, resume: bool = False) -> Report:
+        """Calibrates, walks, evaluates and publishes.
+
+        Args:
+            target: folder to write.
+            force: replace an output of this program, and discard an unfinished run.
+            resume: go on with an unfinished run of the same identity, or read the report of a finished one.
+        """
+        if resume and (report := self._finished(target)):
+            return report
+        with Workplace(target, resume, force) as work:
+            with self.phases("load"):
+                dense = self.source.open()
+            work.begin(self._identity, self.command, str(target))
+            return self._begin(dense, work)
+
+    def _begin(self, dense: BlockwiseModel, work: Workplace) -> Report:
+        """Everything that may be refused, and the rows to calibrate on; then the rest."""
+        walked, samples = self.recipe.blockwise, self.options.samples
         shapes = check_fit(walked, dense)
         removable(dense, self.recipe)  # refuses what has no groups to remove, before anything takes long
-        check_disk_space(
-            target, estimate_size(dense, walked) + hidden_bytes(self.recipe, dense, self.options.recover_steps)
-        )
+        if self.recipe.structured is None:
+            samples = samples_needed(walked, samples, self.options.length)
+        kept = work.finished_blocks()
+        needed = estimate_size(dense, walked) + hidden_bytes(self.recipe, dense, self.options.recover_steps)
+        needed += kept_bytes(dense, samples * self.options.length)
+        check_disk_space(work.output, needed - sum(shard.nbytes for block in kept for shard in block.shards))
         with self.phases("calibration"):
-            samples = self.options.samples
-            if self.recipe.structured is None:
-                samples = samples_needed(walked, samples, self.options.length)
-            tokens, eval_tokens = draw_tokens(source, samples, self.progress)
+            tokens, eval_tokens = work.tokens(lambda: draw_tokens(self.source, samples, self.progress))
         with self.phases("kernels"), self.progress.phase("preparing kernels", 1):
             warm_up(walked, min(columns for _, columns in shapes.values()))
         assert tokens is not None
-        report = self._new_report(eval_tokens)
-        with CheckpointWriter(target, force, source.folder) as writer, ExitStack() as hidden:
-            start = self._starting_point(dense, tokens, target, hidden, report)
-            schemes = self._walk(start, tokens, writer, report)
+        return self._write(dense, tokens, eval_tokens, work, kept)
+
+    def _write(
+        self, dense: BlockwiseModel, tokens: Tensor, eval_tokens: Tensor | None, work: Workplace, kept: list[KeptBlock]
+    ) -> Report:
+        """Compresses block by block, and publishes the folder once it has been read back and judged."""
+        source, report = self.source, self._new_report(eval_tokens)
+        finished = [shard for block in kept for shard in block.shards]
+        with CheckpointWriter(work.output, work.force, source.folder, folder=work.model, finished=finished) as writer:
+            start = self._starting_point(dense, tokens, work, report)
+            schemes = self._walk(start, tokens, writer, work, kept, report)
             patterns = COMPANIONS + (REMOTE_CODE if self.options.trust_remote_code else ())
-            writer.seal(self._files(start, schemes, writer, report), source.folder, patterns)
+            writer.seal(self._files(start, schemes, writer, report, work), source.folder, patterns)
             report.size_bytes = {"before": source.checkpoint.size_bytes, "after": writer.total_bytes}
             if eval_tokens is not None:
                 self._evaluate(dense, Checkpoint(writer.partial), eval_tokens, report)
+            with self.phases("page"):
+                from llmcompress.pages.report_page import ReportPage, Result  # plots are not loaded before
+
+                page = ReportPage(Result(work.output_name, report, self.recipe.to_yaml(), work.command))
             report.seconds_by_phase, report.seconds = self.phases.seconds, self.phases.total
             report.peak_memory_bytes = peak_memory_bytes(source.device)
-            report.output = str(target)
+            report.output = work.output_name
             card = model_card(report, self.recipe.to_yaml(), source.name, source.folder)
-            writer.publish({"report.json": report.to_json() + "\n", "README.md": card})
-        state_file(writer.output).unlink(missing_ok=True)
+            writer.publish({"report.json": report.to_json() + "\n", "report.html": page.html(), "README.md": card})
         return report
 
-    def _starting_point(
-        self, dense: BlockwiseModel, tokens: Tensor, target: Path, hidden: ExitStack, report: Report
-    ) -> BlockwiseModel:
+    def _identity(self) -> dict[str, Any]:
+        source = self.source
+        if self._known is None:
+            files = len(hashed_files(source.checkpoint, self.options))
+            with self.phases("hash"), self.progress.phase("hashing the model", files, "file") as advance:
+                arithmetic = f"{source.dtype} on {source.device}"
+                self._known = identity(
+                    source.name, source.checkpoint, self.recipe, self.options, arithmetic, advance
+                )  # fmt: skip
+        return self._known
+
+    def _finished(self, target: Path) -> Report | None:
+        """The report of a complete output of this very run; None if there is none, or an unfinished one.
+
+        Raises:
+            UserError: another run's output is there.
+        """
+        record = target / RECORD
+        if (folder_of(target) / "model").is_dir() or not record.is_file():
+            return None
+        written = json.loads(record.read_text(encoding="utf-8")).get("run", {})
+        if different := differences(written, self._identity()):
+            raise UserError(f"is complete, and of another run: {'; '.join(different[:4])}", str(target),
+                            "choose another --output, or replace it by --force without --resume")  # fmt: skip
+        with Workplace(target, resume=True):  # removes what a run that was killed at its very end has left
+            self.progress.say(f"{target} is complete already")
+        return Report.from_json((target / "report.json").read_text(encoding="utf-8"))
+
+    def _starting_point(self, dense: BlockwiseModel, tokens: Tensor, work: Workplace, report: Report) -> BlockwiseModel:
         """The model the walk begins with: the dense one, or what a structured step and its recovery leave of it."""
-        method, o, model = self.recipe.structured, self.options, dense
+        method, o = self.recipe.structured, self.options
         if method is None:
             return dense
-
-        def folder(what: str) -> CheckpointWriter:
-            return hidden.enter_context(CheckpointWriter(target.with_name(f".{target.name}.{what}")))
-
         with self.phases("structure"):
-            checkpoint, report.structure = restructure(
-                dense, method, self.recipe.targets, tokens, folder("smaller"), self.progress
+            model, report.structure = self._once(
+                "smaller", work, lambda w: restructure(dense, method, self.recipe.targets, tokens, w, self.progress)
             )
-            model = self.source.open(checkpoint)
         if o.recover_steps:
             with self.phases("recover"):
-                checkpoint, report.recovery = recover(
-                    model, dense, tokens, o.recover_steps, o.recover, o.seed, folder("recovered"), self.progress
-                )
-                model = self.source.open(checkpoint)
+                model, report.recovery = self._once(
+                    "recovered", work,
+                    lambda w: recover(model, dense, tokens, o.recover_steps, o.recover, o.seed, w, self.progress),
+                )  # fmt: skip
         check_fit(self.recipe.blockwise, model)
         return model
 
+    def _once(
+        self, name: str, work: Workplace, make: Callable[[CheckpointWriter], tuple[Checkpoint, dict[str, Any]]]
+    ) -> tuple[BlockwiseModel, dict[str, Any]]:
+        """The model that a step writes, and its figures: made, or what an earlier process made."""
+        folder, record = work.folder / name, f"{name}.json"
+        if work.kept(record) is None:
+            with CheckpointWriter(work.output, folder=folder) as writer:
+                _, figures = make(writer)
+            sync(folder)
+            work.keep(record, figures)
+        return self.source.open(Checkpoint(folder)), work.kept(record)
+
     def _walk(
-        self, dense: BlockwiseModel, tokens: Tensor, writer: CheckpointWriter, report: Report
-    ) -> dict[str, Scheme]:
+        self, dense: BlockwiseModel, tokens: Tensor, writer: CheckpointWriter, work: Workplace, kept: list[KeptBlock],
+        report: Report,
+    ) -> dict[str, Scheme]:  # fmt: skip
         if not self.recipe.blockwise.stages:
             with self.phases("write"):
                 report.blocks = copy_model(dense, writer)
             return {}
-        schemes: dict[str, Scheme] = {}
-        recipe, o = self.recipe.blockwise, self.options
-        if (clip := searched(recipe)) is not None:
-            with self.phases("anneal"):
-                engine = Recompression(dense, tokens, clip.validation, replay=o.low_memory)
-                search = Annealing(recipe, engine, o.seed, state_file(writer.output), self.progress)
-                recipe, report.search = search.run()
-        walk = Walk(dense, recipe, tokens, replay=o.low_memory, phases=self.phases, progress=self.progress)
+        recipe = self._searched(dense, tokens, work, report)
+        walk = Walk(
+            dense, recipe, tokens, replay=self.options.low_memory, phases=self.phases, progress=self.progress
+        )  # fmt: skip
         report.calibration["samples"] = len(walk.tokens)
-        for finished in walk.run():
-            with self.phases("write"):
-                writer.add(finished.tensors)
-                finished.tensors.clear()  # or they would stay until the next block is finished
-            schemes.update(finished.schemes)
-            report.blocks.append(finished.report)
+        keeper = Keeper(walk, writer, work, self.phases)
+        blocks = [*kept, *keeper.blocks(kept)]
         with self.phases("write"):
             copy_rest(dense, writer)
-        report.warnings += walk.warnings + sorted({note for s in schemes.values() if (note := storage_note(s))})
+        schemes = {name: scheme for block in blocks for name, scheme in block.schemes.items()}
+        report.blocks = [block.report for block in blocks]
+        report.warnings += [warning for block in blocks for warning in block.warnings]
+        report.warnings += sorted({note for s in schemes.values() if (note := storage_note(s))})
         return schemes
+
+    def _searched(self, dense: BlockwiseModel, tokens: Tensor, work: Workplace, report: Report) -> Recipe:
+        """The recipe for the walk, with its clip ratios settled if they are to be searched for."""
+        recipe, o = self.recipe.blockwise, self.options
+        if (clip := searched(recipe)) is None:
+            return recipe
+        with self.phases("anneal"):
+            if work.kept("search.json") is None:
+                engine = Recompression(dense, tokens, clip.validation, replay=o.low_memory)
+                search = Annealing(recipe, engine, o.seed, work.folder / "annealing.json", self.progress)
+                work.keep("search.json", search.run()[1])
+        report.search = work.kept("search.json")
+        return with_ratios(recipe, report.search["best"]["ratios"])
 
     def _evaluate(self, dense: BlockwiseModel, result: Checkpoint, tokens: Tensor, report: Report) -> None:
         """Reads the finished folder back: what is judged is what was written."""
@@ -195,32 +266,33 @@ class Run:
 
     def _new_report(self, eval_tokens: Tensor | None) -> Report:
         o = self.options
-        judged = None
+        judged: dict[str, Any] = {}
         if eval_tokens is not None:
-            rows, length = eval_tokens.shape
-            judged = Calibration(o.eval_text or "self", rows, length, o.seed + HELD_OUT_SEED * (o.eval_text is None))
+            seed = o.seed + HELD_OUT_SEED * (o.eval_text is None)
+            rows = asdict(Calibration(o.eval_text or "self", *eval_tokens.shape, seed))
+            judged = rows | {"sha256": digest(eval_tokens)}
         return Report(
             model=self.source.name,
             recipe=self.recipe.name,
             seed=o.seed,
             versions=versions(),
             calibration=asdict(o.calibration_rows) | {"propagate": self.recipe.propagate},
-            evaluation=asdict(judged) if judged else {},
+            evaluation=judged,
         )
 
     def _files(
-        self, dense: BlockwiseModel, schemes: dict[str, Scheme], writer: CheckpointWriter, report: Report
-    ) -> dict[str, str]:
+        self, dense: BlockwiseModel, schemes: dict[str, Scheme], writer: CheckpointWriter, report: Report,
+        work: Workplace,
+    ) -> dict[str, str]:  # fmt: skip
         config = dict(dense.checkpoint.config)
         if schemes:
             stored = {dense.stored_name(name): scheme for name, scheme in schemes.items()}
             linears = [dense.stored_name(name) for name in dense.linears]
             config["quantization_config"] = quantization_config(stored, linears)
-        return {
-            "config.json": _json(config),
-            "recipe.yaml": self.recipe.to_yaml(),
-            RECORD: _json(self._record(writer, report)),
-        }
+        files = {"config.json": _json(config), "recipe.yaml": self.recipe.to_yaml()}
+        record = self._record(writer, report) | {"command": work.command, "run": self._identity()}
+        record["sha256"] |= {name: hashlib.sha256(content.encode()).hexdigest() for name, content in files.items()}
+        return files | {RECORD: _json(record)}
 
     def _record(self, writer: CheckpointWriter, report: Report) -> dict[str, Any]:
         """What the folder says about itself: pattern and counts per matrix, versions, seed, hashes."""
@@ -228,7 +300,7 @@ class Run:
         return {
             "model": report.model,
             "recipe": {"name": self.recipe.name, "hash": self.recipe.hash},
-            "command": self.command,
+            "command": "",  # stands here, and is the first command's of a run that was gone on with
             "seed": report.seed,
             "versions": report.versions,
             "calibration": asdict(self.options.calibration_rows),

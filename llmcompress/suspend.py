@@ -120,10 +120,11 @@ class Returns:
 
     Args:
         blocks: their calls are watched.
+        copied: keep copies, as the next block may write into its input; otherwise take them before it does.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self._blocks = blocks
+    def __init__(self, blocks: Sequence[nn.Module], copied: bool = True) -> None:
+        self._blocks, self._copied = blocks, copied
         self._found: dict[greenlet, Any] = {}
 
     def __enter__(self) -> Returns:
@@ -136,11 +137,11 @@ class Returns:
         self._found.clear()
 
     def take(self, forwards: Sequence[SuspendedForward]) -> list[Any]:
-        """Copies of what the block each forward left last returned to it. They are held here no longer."""
+        """What the block each forward left last returned to it. It is held here no longer."""
         return [self._found.pop(forward._greenlet) for forward in forwards]
 
     def _remember(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._found[greenlet.getcurrent()] = tree_map(_copy, output)  # the next block may write into it
+        self._found[greenlet.getcurrent()] = tree_map(_copy, output) if self._copied else output
 
 
 def _copy(part: Any) -> Any:

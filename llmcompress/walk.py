@@ -23,7 +23,7 @@ from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
 from llmcompress.core.profile import channel_peaks, described
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
-from llmcompress.export.quantized import Scheme
+from llmcompress.export.quantized import Scheme, experts_note
 from llmcompress.hidden_states import digest
 from llmcompress.measure import Phases, peak_memory_bytes, release_freed_memory
 from llmcompress.methods.uncalibrated import aimed_at_compressed, without_rows
@@ -135,7 +135,7 @@ class Walk:
         self._batch = min((method.batch for method in recipe.methods if method.batch), default=None)
         self._methods = recipe.methods  # as they are bound to the present block
         self.lanes: list[Lane] = []
-        self.models = [model]
+        self.models = [model, *([model.twin()] if "cross" in self._needs else [])]
         self._spans = spans(model, self.recipe.targets)
         self._starved = Starved(model.expert_layers)
 
@@ -153,18 +153,20 @@ class Walk:
         Raises:
             UserError: the forwards cannot go on from what was returned alone.
         """
-        models = self.models = [self.model, *([self.model.twin()] if self.number_of_lanes > 1 else [])]
+        models = self.models
         with gates([block.module for model in models for block in model.blocks]):
             with self.phases("forward"):
                 lanes = self.lanes = [Lane(model, self.tokens, self._batch) for model in models]
                 for model in models:
                     model.release_embeddings()
-                for lane, values in zip(lanes if start else (), returned, strict=True):
+                for lane, values in zip(lanes, returned, strict=True) if start else ():
                     for forward, value in zip(lane.everyone, values, strict=True):
                         forward.skip(start, value)
                 if call and self.entered() != call:
-                    raise UserError("more goes from block to block than what blocks return", self.model.blocks[start].name,
-                                    "such a model's run cannot go on: start over with --force")  # fmt: skip
+                    raise UserError(
+                        "more goes from block to block than what blocks return", self.model.blocks[start].name,
+                        "start over with --force",
+                    )  # fmt: skip
             for index, block in list(enumerate(self.model.blocks))[start:]:
                 started = time.perf_counter()
                 self.progress.begin_block(block.name)
@@ -182,11 +184,6 @@ class Walk:
                     model.release_block(index)
                 del finished, found
                 release_freed_memory()
-
-    @property
-    def number_of_lanes(self) -> int:
-        """Two if a step aims at the dense model's outputs."""
-        return 2 if "cross" in self._needs else 1
 
     def entered(self) -> str:
         """Hash of what the block that the probes wait at is called with."""
@@ -212,6 +209,11 @@ class Walk:
         self._serve_unreached(found, groups, passes[0], outcome, finished.report)
         if index + 1 < len(self.model.blocks):
             self._enter_next(lanes, passes[0] if ahead else None, index, groups, outcome)
+        for note in {experts_note(s) for name, s in outcome.schemes.items() if self.model.merges_expert(name)} - {""}:
+            if note not in self.warnings:
+                self.warnings.append(note)
+        uncalled = [name for name in found.uncalled if self.recipe.targets(name)]
+        self.warnings += [f"{name}: left dense, the block reads its weight without calling it" for name in uncalled]
         self.warnings += [*self._starved.warnings(), *outcome.warnings]
         with self.phases("pack"):
             finished.tensors, finished.schemes = outcome.tensors(index), outcome.schemes
@@ -276,6 +278,8 @@ class Walk:
         for x, dense in zip(rows, dense_rows, strict=True):
             stats.update(x, dense)
         run_methods(methods, work, stats)
+        if self._starved.is_expert(group.name):
+            work.figures["rows"] = reached
         sample = _sample(rows) if reached else torch.eye(group.width).to(rows[0])  # the error is that of the weights
         errors = relative_errors(work, views, sample, _sample(dense_rows) if len(places) > 1 else sample)
         outcome.commit(group, work, places[0])

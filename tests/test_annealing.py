@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from llmcompress import Recipe, api, compress
-from llmcompress.annealing import Annealing, state_file, temperatures, with_ratios
+from llmcompress.annealing import Annealing, temperatures, with_ratios
 from llmcompress.chain import Chain, accepts
 from llmcompress.errors import UserError
 from llmcompress.methods.clip import Clip
@@ -26,6 +26,7 @@ from llmcompress.model.load import BlockwiseModel
 from llmcompress.progress import Progress
 from llmcompress.recompress import Attempt, Recompression, held_back
 from llmcompress.report import Report
+from llmcompress.resume import folder_of
 from tests.architectures import tiny_folder
 
 TOKENS = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -222,7 +223,7 @@ def test_a_run_writes_what_it_would_with_the_ratios_given_by_hand(source: Path, 
     saved = Report.from_json((tmp_path / "annealed" / "report.json").read_text(encoding="utf-8"))
     assert saved.search["moves"] == report.search["moves"] and len(saved.search["moves"]) == MOVES
     assert "annealed in 6 moves" in report.table()
-    assert not state_file(tmp_path / "annealed").exists()
+    assert not folder_of(tmp_path / "annealed").exists()
 
 
 def test_an_interrupted_run_leaves_no_folder_and_goes_on(
@@ -234,8 +235,8 @@ def test_an_interrupted_run_leaves_no_folder_and_goes_on(
         patched.setattr("llmcompress.run.Recompression", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             compress(source, RECIPE, output, options(rows))
-    assert [path.name for path in tmp_path.iterdir()] == [state_file(output).name]
-    report = compress(source, RECIPE, output, options(rows))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    report = compress(source, RECIPE, output, options(rows), resume=True)
     assert report.search["resumed_after"] == 3
     compress(source, RECIPE, tmp_path / "whole", options(rows))
     assert weights(output) == weights(tmp_path / "whole")

@@ -336,21 +336,44 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(module, "save_file", save)
 
 
-def test_a_disk_that_fills_up_is_one_line(refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-    assert "the disk is full" in refusal("--json", "--no-eval")
+GOES_ON = "1 finished block kept, the same command with --resume goes on"
 
 
-def test_an_interrupted_run_leaves_nothing(
+def test_a_disk_that_fills_up_is_one_line_and_leaves_what_resume_goes_on_with(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as full:
+        failing(full, OSError(errno.ENOSPC, "No space left on device"))
+        code, out, err = run("--json", "--no-eval", "--output", "out")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "out: the disk is full; free some space" in err and GOES_ON in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert run("--json", "--no-eval", "--output", "out", "--resume")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     failing(monkeypatch, KeyboardInterrupt())
+    code, out, err = run("--json", "--no-eval", "--output", "out")
+    assert (code, out, err) == (130, "", f"llmcompress: interrupted, {GOES_ON}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_a_run_that_is_interrupted_before_it_calibrates_leaves_nothing(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmcompress.run.draw_tokens", interrupted)
     code, out, err = run("--json", "--no-eval")
     assert (code, out, err) == (130, "", "llmcompress: interrupted, nothing was written\n")
     assert not tree(tmp_path)
 
 
-def test_an_internal_failure_leaves_nothing(
+def test_an_internal_failure_keeps_the_finished_blocks(
     run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     serve = Walk._serve
@@ -363,7 +386,8 @@ def test_an_internal_failure_leaves_nothing(
     monkeypatch.setattr(Walk, "_serve", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("--output", "new/out")
-    assert not tree(tmp_path)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.partial"]
+    assert [path.name for path in (tmp_path / "new" / "out.partial" / "blocks").iterdir()] == ["00000.json"]
 
 
 def test_an_internal_failure_exits_with_one_and_a_traceback(tmp_path: Path) -> None:
@@ -439,6 +463,7 @@ def test_progress_goes_to_standard_error_one_line_per_block(run: Callable[..., t
     code, out, err = run("--no-eval")
     assert code == 0 and "matrices" in out
     assert [line.split(":")[0] for line in err.splitlines()] == [
+        "hashing the model",
         "preparing kernels",
         "block 1/2 layers.0",
         "block 2/2 layers.1",

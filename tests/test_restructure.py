@@ -216,7 +216,7 @@ def test_same_seed_same_bytes(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["copy_model", "recover", "removal_error", "compare"])
-def test_a_failure_leaves_nothing(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_no_folder_that_looks_finished(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: Any) -> Any:
         raise RuntimeError("broken")
 
@@ -225,7 +225,8 @@ def test_a_failure_leaves_nothing(broken: str, tmp_path: Path, monkeypatch: pyte
     source = tiny_folder(tmp_path / "dense")
     with pytest.raises(RuntimeError, match="broken"):
         compress(source, recipe(), tmp_path / "made" / "out", options(recover_steps=2, evaluate=True))
-    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+    assert [p.name for p in (tmp_path / "made").iterdir()] == ["out.partial"]
+    assert not list((tmp_path / "made" / "out.partial").glob("*.safetensors.index.json"))
 
 
 def test_what_is_not_zeroing_is_refused_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

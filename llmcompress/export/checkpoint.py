@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -84,7 +85,7 @@ class CheckpointWriter:
         self._writing: list[Future[None]] = []
         self._names = {name for shard in finished for name in shard.names}
         self._made_parents: list[Path] = []
-        self._sealed = False
+        self._sealed = self._broken = False
 
     def __enter__(self) -> CheckpointWriter:
         if self._kept:
@@ -102,7 +103,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._background.shutdown(cancel_futures=error is not None)
+        self._background.shutdown()
         failure = self._failure() if error is None else None
         if self.partial.exists() and not self._kept:
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -144,15 +145,20 @@ class CheckpointWriter:
             self._await_writing()
             path = self.partial / _temporary(len(self._shards))
             nbytes = sum(tensors[name].nbytes for name in names)
-            self._writing.append(self._background.submit(self._write_shard, path, _plain(tensors, names), nbytes))
+            self._later(partial(self._write_shard, path, _plain(tensors, names), nbytes))
             self._shards.append(names)
             self._names.update(names)
             self.total_bytes += nbytes
 
+    @property
+    def number_of_shards(self) -> int:
+        """Added so far, on disk or not yet."""
+        return len(self._shards)
+
     def then(self, job: Callable[[], None]) -> None:
         """Runs a job in the background once everything added so far is on disk; ``shards`` then tells of it. What goes
         wrong in it is raised by the next call of a method."""
-        self._writing.append(self._background.submit(job))
+        self._later(job)
 
     def seal(
         self, files: Mapping[str, str | bytes], copy_from: Path | None = None, copy: Iterable[str] = COMPANIONS
@@ -198,6 +204,19 @@ class CheckpointWriter:
         """``seal`` and ``publish`` at once."""
         self.seal(files, copy_from, copy)
         self.publish()
+
+    def _later(self, job: Callable[[], None]) -> None:
+        """In the background, after what was submitted before, and not at all if any of that failed."""
+
+        def unless_broken() -> None:
+            if not self._broken:
+                try:
+                    job()
+                except BaseException:
+                    self._broken = True
+                    raise
+
+        self._writing.append(self._background.submit(unless_broken))
 
     def _await_writing(self) -> None:
         """Waits until the last shard is on disk, and raises what kept it from getting there."""
