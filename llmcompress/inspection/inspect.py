@@ -61,7 +61,17 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
-        return asdict(self) | {"holds": self.holds}
+        return {
+            "folder": self.folder,
+            "holds": self.holds,
+            "compressed": self.compressed,
+            "size_bytes": self.size_bytes,
+            "matrices": [asdict(figures) for figures in self.matrices],
+            "blocks": {name: [asdict(group) for group in groups] for name, groups in self.blocks.items()},
+            "held": dict(self.verdict.held),
+            "unchecked": self.verdict.unchecked,
+            "wrong": [asdict(finding) for finding in self.verdict.wrong],
+        }
 
 
 def inspect(

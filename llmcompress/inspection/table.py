@@ -33,6 +33,8 @@ CHECKS = {
     "card": "{} figures of the card are those of report.json",
 }
 _SHOWN = 40
+#: above this many, blocks that are alike are told as one
+_BLOCKS_APART = 16
 #: how far from the median of its kind a matrix stands out
 _OUTLIER_FACTOR, _SPARSITY_STEP, _BITS_STEP = 2.0, 0.05, 0.5
 
@@ -64,13 +66,32 @@ def block_rows(matrices: list[MatrixFigures]) -> list[list[str]]:
     blocks: dict[str, list[MatrixFigures]] = defaultdict(list)
     for figures in matrices:
         blocks[figures.block].append(figures)
-    for block, own in blocks.items():
-        told = [f"{m.name.removeprefix(block + '.')} {notes[m.name]}" for m in own if m.name in notes]
+    for alike in _runs(blocks, notes) if len(blocks) > _BLOCKS_APART else [[block] for block in blocks]:
+        first, last = alike[0], alike[-1]
+        told = [f"{m.name.removeprefix(first + '.')} {notes[m.name]}" for m in blocks[first] if m.name in notes]
         more = f", and {len(told) - 2} more" if len(told) > 2 else ""
-        rows.append([block or "outside the blocks", *_sums(own), ", ".join(told[:2]) + more])
+        name = first or "outside the blocks"
+        name += f" … {last.rpartition('.')[2]} ({len(alike)} blocks, each)" if len(alike) > 1 else ""
+        sums = _sums(blocks[first])
+        sums[-2:] = [max((_sums(blocks[block])[place] for block in alike), key=float) for place in (-2, -1)]
+        rows.append([name, *sums, ", ".join(told[:2]) + more])
     if len(blocks) > 1:
         rows.append(["all", *_sums(matrices), ""])
     return rows
+
+
+def _runs(blocks: dict[str, list[MatrixFigures]], notes: dict[str, str]) -> list[list[str]]:
+    """Blocks in order, those side by side that differ in outliers only, and in which nothing stands out, together."""
+    runs: list[list[str]] = []
+    before: list[str] | None = None
+    for block, own in blocks.items():
+        said = None if not block or any(m.name in notes for m in own) else _sums(own)[:-2]
+        if said is not None and said == before:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+        before = said
+    return runs
 
 
 def matrix_rows(matrices: list[MatrixFigures]) -> list[list[str]]:
