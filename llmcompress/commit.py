@@ -92,22 +92,39 @@ class Outcome:
         """The block's tensors by name on disk: changed ones as decided, the others as they were."""
         model = self.model
         found: dict[str, Tensor] = {}
+        apart = self._experts_apart(index)
         for parameter, value in self.dense.items():
             name, cut = model.disk_name(parameter), model.cuts.get(parameter)
-            if cut is None:
-                found[name] = value
+            if cut is None or parameter in apart:
+                found[parameter if cut else name] = value
                 continue
             if name not in found:  # one tensor for all experts
                 found |= model.checkpoint.read([name])
             cut.view(found[name]).copy_(value)
-        renewed = set(found)
+        renewed = set(found) | {model.disk_name(parameter) for parameter in apart}
         for name, stored in self.codes.items():
-            disk_name = model.disk_name(f"{name}.weight")
+            parameter = f"{name}.weight"
+            disk_name = parameter if parameter in apart else model.disk_name(parameter)
             renewed.add(disk_name)
             for suffix, value in pack(stored.weight, stored.scheme, self.dtype, stored.input_levels).items():
                 found[disk_name.removesuffix("weight") + suffix] = value
+        for parameter in apart - {f"{name}.weight" for name in self.codes} - self.dense.keys():
+            found[parameter] = model.model.get_parameter(parameter).detach().to(self.dtype, copy=True)
         untouched = [name for name in model.block_sources(index) if name not in renewed]
         return found | model.checkpoint.read(untouched)
+
+    def _experts_apart(self, index: int) -> set[str]:
+        """Parameters of experts that are stacked on disk and get tensors of their own, since the block is quantized and
+        its readers want it so."""
+        block = self.model.blocks[index]
+        if not self.codes:
+            return set()
+        return {
+            parameter
+            for name, _ in block.module.named_parameters()
+            if (parameter := f"{block.name}.{name}") in self.model.cuts
+            and not unsupported(type(self.model.model.get_submodule(parameter.rpartition(".")[0])))
+        }
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -131,8 +148,9 @@ class Outcome:
         else:
             if matrix.quantized is not None:
                 work.activations = None
+                subject = self.model.expert_layer(view.name) or view.name  # once for all of a layer's experts
                 self._warn(
-                    f"{view.name}: rounded weights are stored dense and inputs are not rounded, "
+                    f"{subject}: rounded weights are stored dense and inputs are not rounded, "
                     f"{unsupported(type(view.module))}"
                 )
             stored = matrix.weight.to(self.dtype)

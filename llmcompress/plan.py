@@ -6,7 +6,6 @@ import copy
 from dataclasses import asdict, dataclass, field
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from llmcompress.annealing import number_of_moves
 from llmcompress.core.structure import StructuredMethod
@@ -14,6 +13,7 @@ from llmcompress.errors import UserError
 from llmcompress.export.quantized import (
     PACK_QUANTIZED,
     Scheme,
+    experts_note,
     storage_format,
     storage_note,
     stored_bits_per_weight,
@@ -122,7 +122,7 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int
             raise UserError(misfit, f"recipe {recipe.name}: {method.stage}", "give one value per block")
     scheme = _scheme(recipe)
     linears = [view.module for view in views if not unsupported(type(view.module))]
-    if scheme and linears and storage_format(scheme) == PACK_QUANTIZED and _misses_packed(model.model, linears[0]):
+    if scheme and linears and storage_format(scheme) == PACK_QUANTIZED and _misses_packed(model, views):
         raise UserError("transformers cannot load packed weights of this architecture", type(model.model).__name__,
                         "let the inputs be rounded too: --set quantize.activations=int8")  # fmt: skip
     for method in recipe.methods if views else ():
@@ -133,15 +133,22 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int
     return {view.name: view.shape for view in views}
 
 
-def _misses_packed(network: PreTrainedModel, linear: nn.Module) -> bool:
+def _misses_packed(model: BlockwiseModel, views: list[MatrixView]) -> bool:
     """Whether the network's own initialization, which runs when it is loaded, fails on a Linear that has no ``weight``
     but a packed one, as Falcon's does."""
-    packed = copy.copy(linear)
-    packed._parameters = {"bias": None}
-    try:
-        network._init_weights(packed)
-    except AttributeError:
-        return True
+    names = {view.name for view in views}
+    for block in (model.blocks[0], model.blocks[-1]):
+        twin = copy.deepcopy(block.module)
+        for name, module in twin.named_modules(prefix=block.name):
+            if name in names and isinstance(module, nn.Linear):
+                module._parameters = {key: p for key, p in module._parameters.items() if key != "weight"}
+        for module in twin.modules():
+            try:
+                if not hasattr(module, "visits_all"):  # its stacked tensors are not there, packed or not
+                    model.model._init_weights(module)
+            except AttributeError as error:
+                if "weight" in str(error):
+                    return True
     return False
 
 
@@ -172,6 +179,8 @@ def _notes(recipe: Recipe, model: BlockwiseModel) -> list[str]:
         return []
     refused = {unsupported(type(view.module)) for view in _matrices(model) if recipe.targets(view.name)} - {""}
     noted = [storage_note(scheme)] if storage_note(scheme) else []
+    if experts_note(scheme) and any(model.merges_expert(v.name) for v in _matrices(model) if recipe.targets(v.name)):
+        noted.append(experts_note(scheme))
     return noted + [f"rounded weights are stored dense and inputs are not rounded, {why}" for why in sorted(refused)]
 
 

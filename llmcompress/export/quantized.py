@@ -117,6 +117,14 @@ def storage_note(scheme: Scheme) -> str:
     return f"{bits}-bit weights of this scheme take {stored} bits each on disk, {why}"
 
 
+def experts_note(scheme: Scheme) -> str:
+    """What the user should know about experts stored with ``scheme``, each for itself, which transformers stacks when
+    it loads them; empty if nothing."""
+    if storage_format(scheme) == INT_QUANTIZED:
+        return "transformers cannot load experts stored in one byte a weight; vLLM and llmcompress.load can"
+    return "" if scheme.activations is None else "transformers does not round the inputs of experts; vLLM does"
+
+
 def quantization_config(schemes: Mapping[str, Scheme], all_linears: Iterable[str]) -> dict[str, Any]:
     """``config.json["quantization_config"]``.
 

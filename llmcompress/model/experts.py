@@ -14,6 +14,8 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+from transformers.utils.quantization_config import QuantizationMethod
 
 from llmcompress.model.quirks import UNDECLARED
 
@@ -103,6 +105,20 @@ class ExpertLayer:
     experts: int
     stacks: tuple[Stack, ...]
 
+    @property
+    def separable(self) -> bool:
+        """Whether transformers reads a tensor for each expert from a quantized checkpoint, though dense ones stack
+        them."""
+        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(self.module).__name__, {})
+        return QuantizationMethod.COMPRESSED_TENSORS in patch.get("quantization_methods", ())
+
+    def own_names(self) -> Iterator[str]:
+        """Dotted names of the parameters of all experts once they are matrices of their own."""
+        for expert in range(self.experts):
+            for stack in self.stacks:
+                for number in range(len(stack.linears)):
+                    yield from (self.own_name(stack, expert, number, bias) for bias in {False, bool(stack.bias)})
+
     def parameters(self) -> Iterator[tuple[str, Stack, bool]]:
         """Dotted names of the stacked parameters, what they are, and whether they are biases."""
         for stack in self.stacks:
@@ -153,7 +169,7 @@ def unstack(layer: ExpertLayer, stacked_on_disk: bool) -> None:
         layer: the skeleton's.
         stacked_on_disk: the checkpoint keeps the experts in stacked tensors too.
     """
-    kind = StackedLinear if stacked_on_disk else nn.Linear
+    kind = StackedLinear if stacked_on_disk and not layer.separable else nn.Linear
     for expert in range(layer.experts):
         parts: dict[str, nn.Module] = {}
         for stack in layer.stacks:

@@ -5,6 +5,7 @@ architecture is named anywhere."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -59,12 +60,14 @@ class BlockMap:
 
     Attributes:
         groups: in calling order.
-        unreached: matrices the probe's tokens did not pass.
+        unreached: matrices the block does not call.
+        uncalled: names of those whose weight it reads nevertheless.
         parameters: number of all parameters of the block.
     """
 
     groups: list[InputGroup]
     unreached: list[MatrixView] = field(default_factory=list)
+    uncalled: list[str] = field(default_factory=list)
     parameters: int = 0
 
 
@@ -100,7 +103,19 @@ def map_block(block: Block, call: Call) -> BlockMap:
     reached = {m.name for g in found for m in g.matrices}
     views = [MatrixView(f"{block.name}.{n}", m) for n, m in block.module.named_modules() if is_matrix(m)]
     unreached = [view for view in views if view.name not in reached]
-    return BlockMap(found, unreached, sum(p.numel() for p in block.module.parameters()))
+    uncalled = [view.name for view in unreached if _reads_weight(block.module, call, view)]
+    unreached = [view for view in unreached if view.name not in uncalled]
+    return BlockMap(found, unreached, uncalled, sum(p.numel() for p in block.module.parameters()))
+
+
+def _reads_weight(block: nn.Module, call: Call, view: MatrixView) -> bool:
+    """Whether a matrix that is not called matters all the same: NaN in its weight then reaches the block's output."""
+    parameter = view.module.get_parameter("weight")
+    before = parameter.detach().clone()
+    parameter.data.fill_(math.nan)
+    output = run_block(block, call)
+    parameter.data.copy_(before)
+    return bool(output.isnan().any())
 
 
 class _Record:
@@ -153,7 +168,7 @@ def run_block(module: nn.Module, call: Call) -> Tensor:
     """The block's hidden-state output; tensors among the arguments are copied, as blocks may write into them."""
     args, kwargs = call
     output = type(module).forward(module, *(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
-    first = output[0] if isinstance(output, tuple) else output
+    first = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(first, Tensor):
         raise UserError(
             f"a block returns {type(first).__name__}", type(module).__name__, "such models are not supported"

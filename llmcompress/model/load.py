@@ -168,7 +168,7 @@ class BlockwiseModel:
 
     def stored_name(self, module: str) -> str:
         """How a checkpoint's configuration calls a matrix: as transformers does, but an expert as its tensors are."""
-        if not self._is_expert(module) or isinstance(self.model.get_submodule(module), StackedLinear):
+        if not self.expert_layer(module) or isinstance(self.model.get_submodule(module), StackedLinear):
             return module
         own = (self.source_names.get(f"{module}.{suffix}") for suffix in ("weight", *QUANTIZED_SUFFIXES))
         sources = next(found for found in own if found)
@@ -181,8 +181,13 @@ class BlockwiseModel:
         read = self.checkpoint.read(parts.values())
         return {suffix: read[source] for suffix, source in parts.items()}
 
-    def _is_expert(self, module: str) -> bool:
-        return any(module.startswith(name + ".") for name in self.expert_layers)
+    def expert_layer(self, module: str) -> str:
+        """The name of the module of experts that a matrix belongs to; empty if it is none of theirs."""
+        return next((name for name in self.expert_layers if module.startswith(name + ".")), "")
+
+    def merges_expert(self, module: str) -> bool:
+        """Whether transformers stacks the tensors of this matrix with those of other experts when it loads them."""
+        return bool(self.expert_layer(module)) and f"{module}.weight" not in self.cuts
 
     def _block_parameters(self) -> Iterator[str]:
         for block in self.blocks:

@@ -6,7 +6,7 @@ that holds them all, from which parameters are cut."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ class SourceNames:
     cuts: dict[str, Cut]
 
     @staticmethod
-    def of(model: PreTrainedModel, layers: Iterable[ExpertLayer], checkpoint: Checkpoint) -> SourceNames:
+    def of(model: PreTrainedModel, layers: Sequence[ExpertLayer], checkpoint: Checkpoint) -> SourceNames:
         """Matches every tensor of the checkpoint with a parameter.
 
         Args:
@@ -72,12 +72,13 @@ def split_quantized(source: str) -> tuple[str, str]:
 
 
 class _Matching:
-    def __init__(self, model: PreTrainedModel, layers: Iterable[ExpertLayer], checkpoint: Checkpoint) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[ExpertLayer], checkpoint: Checkpoint) -> None:
         transforms = get_model_conversion_mapping(model)
         self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
         self.model, self.checkpoint = model, checkpoint
         self.known = dict(model.state_dict(keep_vars=True))
+        self.known |= {name: True for layer in layers for name in layer.own_names()}
         self.stacks = {name: (layer, stack, bias) for layer in layers for name, stack, bias in layer.parameters()}
         self.names: dict[str, list[str]] = defaultdict(list)
         self.cuts: dict[str, Cut] = {}
