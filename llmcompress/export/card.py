@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmcompress.report import Report
 from llmcompress.resources import model_presets
-from llmcompress.table import bytes_text, figure
+from llmcompress.table import bytes_text, figure, grouped_warnings
 
 _INHERITED = ("license", "license_name", "license_link", "language")
 
@@ -133,13 +134,16 @@ def _figures(report: Report) -> str:
     rows.append(["size of the weights", bytes_text(size["before"]), bytes_text(size["after"])])
     if report.kl_divergence is not None or perplexity["after"] is not None:
         rows.append(["perplexity per token", *(figure(perplexity[key], ".3f") for key in ("before", "after"))])
-        rows.append(["KL(dense ‖ compressed), nats per token", "", figure(report.kl_divergence, ".5f")])
+        spread = "" if report.kl_stderr is None else f" ± {report.kl_stderr:.5f}"
+        rows.append(["KL(dense ‖ compressed), nats per token", "", figure(report.kl_divergence, ".5f") + spread])
         rows.append(["top-1 agreement with the dense model", "", figure(report.top1_agreement, ".1%")])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---|---|---|")
+    lines.insert(1, "|---|---:|---:|")
     evaluation = report.evaluation
     if evaluation:
-        lines.append(f"\nMeasured on {_rows(evaluation)}.")
+        own = " These are not figures of a benchmark: the text is what the dense model itself writes."
+        told = own if evaluation["source"] == "self" else ""
+        lines.append(f"\nMeasured on {_rows(evaluation)}, on the folder as it was written, read back.{told}")
     elif report.kl_divergence is None:
         lines.append("\nThe quality of the result was not evaluated.")
     return "\n".join(lines)
@@ -183,7 +187,7 @@ def _limits(report: Report, inherited: dict[str, Any]) -> list[str]:
         lines.append(f"Calibrated on {_rows(report.calibration)}: text unlike it may suffer more than the figures say.")
     if "license" not in inherited:
         lines.append("No licence was found beside the base model; its terms apply to this one.")
-    return lines
+    return lines + [line.removeprefix("warning: ") for line in grouped_warnings(report.warnings)]
 
 
 def _origin(report: Report) -> str:
@@ -226,11 +230,22 @@ def _hub_id(model: str) -> str | None:
 
 def _inherited(source: str | Path | None) -> dict[str, Any]:
     """Licence and language of the dense model's own card."""
-    readme = Path(source) / "README.md" if source is not None else None
-    if readme is None or not readme.is_file():
+    if source is None:
         return {}
-    try:
-        found = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, OSError):  # a card without readable metadata names no licence
-        return {}
-    return {key: found[key] for key in _INHERITED if found.get(key)}
+    readme, found = Path(source) / "README.md", {}
+    if readme.is_file():
+        try:
+            found = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        except (ValueError, OSError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
+            found = {}  # a card without readable metadata names no licence
+    texts = sorted(path.name for path in Path(source).glob("LICENSE*") if path.is_file())
+    found = {key: found[key] for key in _INHERITED if _is_plain(found.get(key))}
+    if "license" not in found and texts:  # its text is copied into the result
+        found |= {"license": "other", "license_name": "license-of-the-base-model", "license_link": texts[0]}
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    """A word or several: what may be taken over from a card that anyone may have written."""
+    words = value if isinstance(value, list) else [value]
+    return bool(words) and all(isinstance(word, str) and 0 < len(word) < 200 for word in words)

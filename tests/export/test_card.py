@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from llmcompress.export.card import model_card
+from llmcompress.export.card import metrics, model_card
 from llmcompress.report import BlockReport, MatrixReport, Report
 
 
@@ -44,3 +45,74 @@ def test_limits_fit_what_was_done() -> None:
         "no speed on a CPU" in pruned and "integer" not in pruned and "compressed-tensors" not in pruned.split("# ")[0]
     )
     assert "no speed on a CPU" not in quantized and "integer" in quantized
+
+
+def evaluated() -> Report:
+    found = report()
+    found.perplexity = {"before": 50.25, "after": 61.5}
+    found.kl_stderr, found.top1_agreement = 0.001, 0.75
+    found.evaluation = {"source": "texts/wiki.txt", "samples": 16, "length": 8, "seed": 3}
+    found.output = "/home/me/compressed/model-jsq"
+    return found
+
+
+def test_the_figures_are_the_hubs_model_index_and_read_back_as_they_were() -> None:
+    found = evaluated()
+    card = ModelCard(model_card(found, "", "owner/model"))
+    results = card.data.eval_results
+    assert {r.metric_type: r.metric_value for r in results} == metrics(found)
+    assert metrics(found) == {"perplexity": 61.5, "kl_divergence": 0.08314, "top1_agreement": 0.75}
+    assert card.data.model_name == "model-jsq"
+    for result in results:
+        assert isinstance(result, EvalResult) and (result.task_type, result.dataset_name) == (
+            "text-generation",
+            "wiki.txt",
+        )
+        assert result.dataset_args == {"samples": 16, "length": 8, "seed": 3}
+    again = ModelCardData(**yaml.safe_load(card.data.to_yaml()))
+    assert again.to_dict() == card.data.to_dict()
+
+
+def test_the_metadata_has_the_types_the_hub_asks_for() -> None:
+    content = yaml.safe_load(model_card(evaluated(), "", "owner/model").split("---\n")[1])
+    words = ("base_model", "base_model_relation", "library_name", "pipeline_tag")
+    assert all(isinstance(content[key], str) for key in words)
+    assert content["base_model_relation"] in ("quantized", "finetune", "adapter", "merge")
+    assert all(isinstance(tag, str) for tag in content["tags"])
+    (index,) = content["model-index"]
+    (result,) = index["results"]
+    assert isinstance(index["name"], str) and set(result) == {"task", "dataset", "metrics"}
+    assert all(isinstance(m["type"], str) and isinstance(m["value"], float) for m in result["metrics"])
+
+
+def test_data_are_named_with_rows_and_tokens() -> None:
+    text = model_card(evaluated(), "", "owner/model")
+    assert "| calibration | `books.txt` | 4 | 8 | 32 |" in text
+    assert "| evaluation | `wiki.txt` | 16 | 8 | 128 | 3 |" in text
+    found = evaluated()
+    found.calibration["source"] = "owner/texts:train"
+    assert ModelCard(model_card(found, "", "owner/model")).data.datasets == ["owner/texts"]
+    found.calibration["source"] = "self"
+    assert ModelCard(model_card(found, "", "owner/model")).data.datasets is None
+
+
+def test_a_preset_of_the_hub_is_named_as_the_hub_does_and_a_bundled_one_is_not() -> None:
+    assert ModelCard(model_card(report(), "", "qwen3-0.6b")).data.base_model == "Qwen/Qwen3-0.6B"
+    assert ModelCard(model_card(report(), "", "llama")).data.base_model is None
+    pruned = ModelCard(model_card(report(bits=16.0), "", "owner/model")).data
+    assert pruned.base_model == "owner/model" and pruned.get("base_model_relation") is None
+
+
+def test_a_licence_text_is_linked_and_odd_metadata_is_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE.txt").write_text("terms")
+    data = ModelCard(model_card(report(), "", "owner/model", tmp_path)).data
+    assert (data.license, data.license_link) == ("other", "LICENSE.txt")
+    (tmp_path / "README.md").write_text("---\nlicense: {a: [b]}\nlanguage: [en, 3]\n---\n")
+    data = ModelCard(model_card(report(), "", "owner/model", tmp_path)).data
+    assert data.license == "other" and data.language is None
+
+
+def test_what_went_less_well_is_said() -> None:
+    found = report()
+    found.warnings = ["h.0.fc: left dense, no calibration token reached it"]
+    assert "- h.0.fc: left dense" in model_card(found, "", "o/m")
