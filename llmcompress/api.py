@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from llmcompress.errors import UserError
-from llmcompress.evaluate.divergence import Divergence
-from llmcompress.evaluate.stream import compare
+from llmcompress.evaluate.evaluation import EvalOptions, EvaluationRun
+from llmcompress.evaluate.result import Evaluation
 from llmcompress.export.destination import check_output
-from llmcompress.model.checkpoint import Checkpoint
-from llmcompress.model.locate import locate, short_name
+from llmcompress.model.locate import short_name
+from llmcompress.options import Options
 from llmcompress.plan import BASE_BYTES, Plan, make_plan
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.recover import recovery_bytes
 from llmcompress.report import Report
-from llmcompress.options import Options
-from llmcompress.run import Run, Source, draw_tokens
+from llmcompress.run import Run, Source
 from llmcompress.runtime.loading import load
 
-__all__ = ["Options", "compress", "evaluate", "load", "plan"]
+__all__ = ["EvalOptions", "Options", "compress", "evaluate", "load", "plan"]
 
 
 def compress(
@@ -82,20 +80,28 @@ def plan(
 
 
 def evaluate(
-    model: str | Path, reference: str | Path, text: str | Path | None = None, options: Options | None = None
-) -> Divergence:
-    """Compares a compressed folder with its dense model on a text, or on held-out samples of the dense model.
+    model: str | Path,
+    reference: str | Path | None = None,
+    options: EvalOptions | None = None,
+    *,
+    progress: Progress | None = None,
+    command: str = "",
+) -> Evaluation:
+    """What a model is worth on texts and tasks, alone or beside the model it was made from.
+
+    Args:
+        model: preset, folder or Hub id; inputs of quantized matrices are rounded as at run time.
+        reference: the same, for KL, agreement and paired tests.
+        options: texts, tasks, windows, arithmetic; ``EvalOptions(texts=("held-out.txt",))``.
+        progress: where to show it; None is silent.
+        command: the command line, for the record.
 
     Raises:
-        UserError: a folder or the text cannot be read.
+        UserError: bad input, before any forward.
     """
-    options = replace(options or Options(), eval_text=None if text is None else str(text), evaluate=True)
-    source = Source(reference, options)
-    dense = source.open()
-    _, tokens = draw_tokens(source, samples=0, progress=Progress(silent=True))
-    assert tokens is not None
-    result = Checkpoint(locate(str(model)))
-    return compare(dense, source.open(result), tokens)
+    run = EvaluationRun(model, reference, options or EvalOptions())
+    with progress or Progress(silent=True) as shown:
+        return run.execute(shown, command)
 
 
 def _prepare(

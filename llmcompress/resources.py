@@ -1,7 +1,7 @@
 """Data that travels with the program: recipes, the table of model presets, and the bundled checkpoint.
 
-One rule: data lies inside the package. The one exception is ``configs/``, which a source checkout keeps at its top
-level, where people edit it; building a wheel copies that folder to ``llmcompress/configs``."""
+One rule: data lies inside the package. The exceptions are ``configs/`` and ``eval/``, which a source checkout keeps at its
+top level, where people edit them; building a wheel copies these folders into ``llmcompress``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def configs_dir() -> Path:
     """The folder of the packaged ``*.yaml`` recipes and of ``models.yaml``."""
     installed = PACKAGE / "configs"
     return installed if installed.is_dir() else PACKAGE.parent / "configs"
+
+
+def eval_dir() -> Path:
+    """The folder of the packaged task files for lm-eval."""
+    installed = PACKAGE / "eval"
+    return installed if installed.is_dir() else PACKAGE.parent / "eval"
 
 
 def bundled_model_dir(name: str) -> Path:

@@ -36,7 +36,10 @@ from random_checkpoint import PRESETS, Shape, write_checkpoint
 from safetensors.torch import save_file
 
 from llmcompress import api
-from llmcompress.calibration import Calibration, token_rows
+from llmcompress.calibration import Calibration, evaluation_rows, token_rows
+from llmcompress.evaluate.stream import compare
+from llmcompress.model.checkpoint import Checkpoint
+from llmcompress.run import Source
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "peers.json"
@@ -158,7 +161,9 @@ class Bench:
         """Perplexity and divergence of an output from its dense model."""
         options = api.Options(length=setting.length, dtype=setting.dtype, device=self.options.device)
         output = self._output(program, setting, recipe)
-        found = api.evaluate(output, setting.checkpoint, setting.judged_on, options)
+        source = Source(setting.checkpoint, options)
+        rows = evaluation_rows(setting.judged_on, source.folder, setting.length)
+        found = compare(source.open(), source.open(Checkpoint(output)), rows)
         bytes_on_disk = sum(file.stat().st_size for file in output.glob("*.safetensors"))
         figures = {k: v for k, v in asdict(found).items() if isinstance(v, int | float)}
         return figures | {"safetensors_bytes": bytes_on_disk}

@@ -318,9 +318,13 @@ def test_evaluate_gives_the_figures_of_the_report(
     checkpoint: Path, finished: Callable[[str], Path], text: Path
 ) -> None:
     report = json.loads((finished("jsq") / "report.json").read_text())
-    found = api.evaluate(finished("jsq"), checkpoint, text, options())
-    assert found.kl_divergence == pytest.approx(report["kl_divergence"], rel=1e-6)
-    assert found.perplexity_after == pytest.approx(report["perplexity"]["after"], rel=1e-6)
+    rows = api.EvalOptions(texts=(str(text),), windows="rows", length=16)
+    found = api.evaluate(finished("jsq"), checkpoint, rows).texts[0]
+    assert found.beside is not None
+    assert found.beside.kl.value == pytest.approx(report["kl_divergence"], rel=1e-3)
+    assert found.beside.top1.value == pytest.approx(report["top1_agreement"], abs=5e-3)
+    assert found.perplexity.token.value == pytest.approx(report["perplexity"]["after"], rel=1e-4)
+    assert found.beside.reference.token.value == pytest.approx(report["perplexity"]["before"], rel=1e-6)
 
 
 def test_without_evaluation_its_figures_are_null(checkpoint: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,33 @@ def compare(
         for model, _ in lanes:
             model.release_block(last)
     return comparison.result()
+
+
+@torch.no_grad()
+def streamed_logits(
+    model: BlockwiseModel, batches: Sequence[Tensor], advance: Callable[[int], None] = lambda steps: None
+) -> Iterator[Tensor]:
+    """Logits (B, T, V) of every (B, T) batch in turn, with one block in memory at a time and the last one at the end.
+
+    Inputs of quantized matrices are rounded as a run time would round them. Two such iterators may be read in turns.
+    ``advance`` is told 1 whenever a batch has gone through a block.
+    """
+    last = len(model.blocks) - 1
+    with gates([block.module for block in model.blocks]), rounded_activations(model):
+        forwards = model.start_forwards(list(batches), head=True)
+        for index in range(last):
+            model.load_block(index)
+            for forward in forwards:
+                forward.resume()
+                advance(1)
+            model.release_block(index)
+        model.load_block(last)
+        for forward in forwards:
+            forward.resume()
+            advance(1)
+            logits, forward.result = forward.result, None
+            yield logits
+        model.release_block(last)
 
 
 @contextmanager
