@@ -4,9 +4,11 @@ its kernel's packing, with no dense copy in between. What is held at once beside
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -54,14 +56,31 @@ def assemble(
     if not summary.kernels.keys() - {"dense"}:
         return None, summary
     with torch.no_grad():
+        _map_embedding(model)
         for index, block in enumerate(model.blocks):
             inside = [name for name in kernels if name.startswith(block.name + ".")]
-            _fill(model, {name: kernels.pop(name) for name in inside}, lambda i=index: model.load_block(i))
-        _fill(model, kernels, lambda: model.load_rest(head=True))
-    network = model.model
+            _fill(model, {name: kernels.pop(name) for name in inside}, partial(model.load_block, index))
+        _fill(model, kernels, partial(model.load_rest, head=True))
+    # As from_pretrained leaves them. Without it torch's matmul copies the head for a hidden state that is a slice.
+    network = model.model.requires_grad_(True)
     if (folder / "generation_config.json").is_file():
         network.generation_config = GenerationConfig.from_pretrained(folder)
     return network, summary
+
+
+def _map_embedding(model: BlockwiseModel) -> None:
+    """Leaves the table of token embeddings in its file, from which rows are paged in as they are looked up, unless the
+    head multiplies it too or it is to be converted."""
+    table, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
+    name = next(name for name, module in model.model.named_modules() if module is table) + ".weight"
+    if model.device != "cpu" or name not in model.source_names or head is None or head.weight is table.weight:
+        return
+    info = model.checkpoint.tensors[model.source_names[name][0]]
+    if info.dtype != model.dtype or name in model.cuts or getattr(model.model.config, "tie_word_embeddings", False):
+        return
+    with safe_open(model.checkpoint.folder / info.file, framework="pt") as handle:
+        mapped = handle.get_tensor(model.source_names[name][0])
+    table.weight = nn.Parameter(mapped, requires_grad=False)
 
 
 def _fill(model: BlockwiseModel, kernels: dict[str, str], load_others: Callable[[], object]) -> None:

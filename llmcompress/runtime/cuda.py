@@ -27,6 +27,10 @@ class Int8CudaLinear(nn.Module):
         device: where it runs.
     """
 
+    codes: Tensor
+    weight_scale: Tensor
+    row_sums: Tensor
+
     def __init__(
         self, tensors: Mapping[str, Tensor], scheme: Scheme, bias: nn.Parameter | None, device: str = "cuda"
     ) -> None:

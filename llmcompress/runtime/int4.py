@@ -20,7 +20,7 @@ from llmcompress.export.quantized import Scheme, unpack
 from llmcompress.runtime.tiles import BLOCK, widen
 
 #: tokens from which widening tiles is faster than the int4 kernel
-TILE_TOKENS = 32
+TILE_TOKENS = 56
 #: weights widened at once
 TILE_ENTRIES = 1 << 22
 #: group sizes of torch's kernel
@@ -50,6 +50,9 @@ class W4A16Linear(nn.Module):
         scheme: for which `why_not_int4` is silent.
         bias: (out,), or None.
     """
+
+    packed: Tensor
+    levels: Tensor
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Scheme, bias: nn.Parameter | None) -> None:
         super().__init__()

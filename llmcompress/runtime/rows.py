@@ -7,7 +7,6 @@ shared among plain threads, as in `llmcompress.core.kernels`."""
 
 from __future__ import annotations
 
-import llvmlite.ir
 import numpy as np
 import torch
 from numba import njit, types
@@ -25,17 +24,17 @@ _MAGIC = np.float32(12582912.0)
 
 
 @intrinsic
-def _as_float(context, bits):
+def _as_float(typing_context, bits):
     def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], llvmlite.ir.FloatType())
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
 
     return types.float32(types.uint32), generate
 
 
 @intrinsic
-def _as_bits(context, value):
+def _as_bits(typing_context, value):
     def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], llvmlite.ir.IntType(32))
+        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
 
     return types.uint32(types.float32), generate
 

@@ -1,0 +1,157 @@
+"""Models made by `load` compute what transformers computes of the same folder, and hold the stored tensors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmcompress.cli import main
+from llmcompress.core.grid import QuantGrid
+from llmcompress.errors import UserError
+from llmcompress.export.quantized import Scheme
+from llmcompress.runtime.int4 import W4A16Linear
+from llmcompress.runtime.int8 import W8A8Linear
+from llmcompress.runtime.loading import load, runtime_of
+from tests.export.test_quantized import all_but_head, linears_of, save, tiny_llama
+
+W, A = QuantGrid.parse_weights, QuantGrid.parse_activations
+W8A8, W4A16, ASYMMETRIC = Scheme(W("int8"), A("int8")), Scheme(W("int4-g32")), Scheme(W("int8-asym"), A("int8"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    base = tmp_path_factory.mktemp("folders")
+    for name, scheme in (("w8a8", W8A8), ("w4a16", W4A16), ("asymmetric", ASYMMETRIC)):
+        model = tiny_llama(torch.float32)
+        save(model, all_but_head(model, scheme), base / name)
+        made[name] = base / name
+    model = tiny_llama(torch.float32)
+    names = [name for name in linears_of(model) if name != "lm_head"]
+    save(model, {name: ASYMMETRIC if "down" in name else W8A8 for name in names}, base / "mixed")
+    tiny_llama(torch.float32).save_pretrained(base / "dense")
+    return made | {"mixed": base / "mixed", "dense": base / "dense"}
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens).logits.float()
+
+
+@pytest.mark.parametrize(("name", "bound"), [("w8a8", 0.02), ("w4a16", 0.02), ("mixed", 0.02)])
+@pytest.mark.filterwarnings("ignore:.*quantized matrices dense")
+def test_logits_are_those_of_transformers(
+    folders: dict[str, Path], tokens: torch.Tensor, name: str, bound: float
+) -> None:
+    expected = logits(AutoModelForCausalLM.from_pretrained(folders[name]), tokens)
+    found = logits(load(folders[name]), tokens)
+    assert (found - expected).norm() < bound * expected.norm()
+
+
+def test_packed_weights_lose_no_more_than_bfloat16_does(folders: dict[str, Path], tokens: torch.Tensor) -> None:
+    exact = logits(AutoModelForCausalLM.from_pretrained(folders["w4a16"]), tokens)
+    plain = logits(AutoModelForCausalLM.from_pretrained(folders["w4a16"], dtype=torch.bfloat16), tokens)
+    found = logits(load(folders["w4a16"], dtype=torch.bfloat16), tokens)
+    assert (found - exact).norm() < 1.5 * (plain - exact).norm()
+
+
+def test_linears_hold_the_stored_tensors(folders: dict[str, Path]) -> None:
+    for name, kind, kernel in (("w8a8", W8A8Linear, "int8"), ("w4a16", W4A16Linear, "int4")):
+        model = load(folders[name])
+        held = [module for module in model.modules() if isinstance(module, kind)]
+        assert len(held) == 14 and runtime_of(model).kernels == {kernel: 14}
+        assert not [n for n, _ in model.named_parameters() if n.endswith("proj.weight")]
+
+
+def test_generation_with_a_cache_is_generation_without_one(folders: dict[str, Path], tokens: torch.Tensor) -> None:
+    model = load(folders["w8a8"])
+    given = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    assert torch.equal(model.generate(tokens, **given), model.generate(tokens, **given, use_cache=False))
+
+
+def test_rows_of_a_batch_do_not_touch_each_other(folders: dict[str, Path], tokens: torch.Tensor) -> None:
+    model = load(folders["w8a8"])
+    alone = torch.cat([logits(model, row[None]) for row in tokens])
+    assert torch.allclose(logits(model, tokens), alone, atol=1e-4)
+
+
+def test_what_stays_dense_is_said(folders: dict[str, Path]) -> None:
+    with pytest.warns(UserWarning, match="2 quantized matrices dense: its weights are asymmetric"):
+        model = load(folders["mixed"])
+    assert runtime_of(model).kernels == {"int8": 12, "dense": 2}
+    with pytest.warns(UserWarning, match="14 quantized matrices dense"):
+        load(folders["asymmetric"])
+
+
+def test_dense_folders_and_dense_runtimes_say_nothing(folders: dict[str, Path]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert runtime_of(load(folders["dense"])).kernels == {}
+        assert runtime_of(load(folders["w8a8"], runtime="dense")).kernels == {}
+
+
+@pytest.mark.parametrize(("name", "runtime"), [("w8a8", "int4"), ("w4a16", "int8"), ("dense", "int8"), ("w8a8", "fp8")])
+def test_a_runtime_that_cannot_be_had_is_refused(folders: dict[str, Path], name: str, runtime: str) -> None:
+    with pytest.raises(UserError, match=r"nothing in it can be multiplied|unknown runtime"):
+        load(folders[name], runtime=runtime)
+
+
+def test_a_dtype_is_that_of_what_stays_floating(folders: dict[str, Path], tokens: torch.Tensor) -> None:
+    model = load(folders["w8a8"], dtype="bfloat16")
+    assert model.dtype == torch.bfloat16 and model(tokens).logits.dtype == torch.bfloat16
+
+
+def test_bench_measures_the_folder_and_the_dense_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "speeds.json"
+    given = [
+        "--prompt",
+        "8",
+        "--new",
+        "2",
+        "--batch",
+        "1,2",
+        "--rounds",
+        "1",
+        "--dense",
+        "float32",
+        "--json",
+        str(file),
+    ]
+    assert main(["bench", str(folders["w8a8"]), "--against", str(folders["dense"]), *given]) == 0
+    found = json.loads(file.read_text())
+    assert [v["name"] for v in found["variants"]] == ["w8a8", "dense float32"]
+    assert found["variants"][0]["kernels"] == "14 matrices in int8"
+    for variant in found["variants"]:
+        assert variant["resident_bytes"] > variant["model_bytes"] > 0
+        rates = variant["batches"]["2"]["decode_tokens_per_second"]
+        assert 0 < rates["low"] <= rates["median"] <= rates["high"]
+    assert found["tokens_per_second"]["decode"]["after"] > 0
+
+
+def test_bench_refuses_what_cannot_run(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(folders["w8a8"]), "--runtime", "int4", "--rounds", "1"]) == 2
+    assert "nothing in it can be multiplied in int4" in capsys.readouterr().err
+    assert main(["bench", str(folders["w8a8"] / "none")]) == 2
+
+
+def test_generate_streams_the_same_text_for_the_same_seed() -> None:
+    def text() -> str:
+        command = [sys.executable, "-m", "llmcompress", "generate", "llama", "--prompt", "It was a dark"]
+        done = subprocess.run([*command, "--new", "8", "--temperature", "1"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = text()
+    assert first.startswith("It was a dark") and len(first.split()) > 5 and first == text()
