@@ -19,6 +19,7 @@ BINS = 256
 #: tokens that are looked at, evenly spread
 TOKENS = 2048
 _STEPS, _ONE = 8, 128
+_PEAKS = [2.0 ** ((level - _ONE) / _STEPS) for level in range(256)]
 
 
 def channel_peaks(rows: Sequence[Tensor]) -> Tensor:
@@ -55,7 +56,7 @@ def decoded(profile: str) -> list[float]:
     Raises:
         ValueError: not base64.
     """
-    return [2.0 ** ((level - _ONE) / _STEPS) for level in base64.b64decode(profile, validate=True)]
+    return [_PEAKS[level] for level in base64.b64decode(profile, validate=True)]
 
 
 def described(peaks: Tensor, smoothing: Tensor | None) -> dict[str, Any]:

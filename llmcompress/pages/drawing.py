@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,14 +31,15 @@ _RC: dict[str, Any] = {
     "axes.titlelocation": "left", "axes.labelsize": 11.5, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5,
     "legend.fontsize": 10.5, "legend.frameon": False, "grid.color": INK, "grid.alpha": 0.18, "grid.linewidth": 0.5,
     "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
-    "savefig.facecolor": "none", "axes.unicode_minus": True, "text.usetex": False, "axes.axisbelow": True,
+    "savefig.facecolor": "none", "axes.unicode_minus": True, "text.usetex": False, "text.parse_math": False, "axes.axisbelow": True,
 }  # fmt: skip
 
 
 @contextmanager
 def canvas(height: float, width: float = WIDTH) -> Iterator[Figure]:
     """A figure of ``width`` × ``height`` points, and Matplotlib's settings while it is drawn on."""
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_RC}):
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_RC}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # text is set in the fonts of the browser
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         figure.get_layout_engine().set(w_pad=2 / 72, h_pad=2 / 72)
         yield figure
@@ -56,7 +58,7 @@ def inline(figure: Figure, key: str, title: str, description: str) -> Markup:
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"\s*<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r"<!--.*?-->\n?", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r"<!--.*?-->\n?|\s*<style[^>]*>.*?</style>", "", drawn, flags=re.DOTALL)
     drawn = drawn.replace(INK, "currentColor")
     for number, stand_in in enumerate(SERIES, 1):
         drawn = drawn.replace(stand_in, f"var(--series-{number})")

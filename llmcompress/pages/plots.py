@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -18,8 +18,8 @@ from llmcompress.pages.drawing import SERIES, canvas, heat_colors, inline
 from llmcompress.pages.maps import kind_of
 from llmcompress.report import GroupReport, Report
 
-#: pictures of one sort on a page, and points of a curve
-PICTURES, POINTS = 8, 400
+#: pictures of one sort on a page, points of a curve, and lines of a plot: of more, some that are evenly spread
+PICTURES, POINTS, LINES = 8, 400, 100
 #: of a scale of peaks over their median, from 0.5 to at least the third of them
 TICKS = [sign * 10**power for power in range(6) for sign in (1, 3)]
 #: a decision's figures: key of the errors, key of what was chosen, its name
@@ -91,22 +91,19 @@ def _panels(rows: list[tuple[str, dict[str, Any]]]) -> dict[str, list[list[float
     return {when: values for when, values in found.items() if any(values)}
 
 
-def _by_block(rows: list[tuple[str, dict[str, Any]]], when: str) -> list[list[float]]:
+def _by_block(rows: list[tuple[str, dict[str, Any]]], when: str) -> list[np.ndarray]:
     """The peaks per block; where several groups of a block are alike, as experts are, the highest of them."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, np.ndarray] = {}
     for block, inputs in rows:
-        peaks = decoded(inputs[when]) if inputs.get(when) else []
-        earlier = found.get(block, [])
-        found[block] = (
-            [max(pair) for pair in zip(earlier, peaks, strict=True)] if earlier and peaks else earlier or peaks
-        )
+        peaks = np.array(decoded(inputs[when]) if inputs.get(when) else [])
+        earlier = found.get(block, peaks)
+        found[block] = np.maximum(earlier, peaks) if len(earlier) == len(peaks) else max(earlier, peaks, key=len)
     return list(found.values())
 
 
-def _relative(peaks: list[float]) -> list[float]:
+def _relative(peaks: np.ndarray) -> list[float]:
     """Over their median."""
-    middle = median(peaks) if peaks else 1.0
-    return [p / middle for p in peaks]
+    return [float(p) for p in peaks / np.median(peaks)] if len(peaks) else []
 
 
 def choice_pictures(report: Report) -> list[Picture]:
@@ -135,7 +132,7 @@ def _choices(
     with canvas(30 + 118 * lines) as figure:
         axes = figure.subplots(lines, min(2, len(kinds)), squeeze=False, sharex=len(kinds) > 1).flat
         for axis, (kind, found) in zip(axes, kinds.items(), strict=False):
-            for figures in found:
+            for figures in found[:: -(-len(found) // LINES)]:
                 _choice(axis, figures[errors], _taken(figures, errors, chosen))
             axis.set_title(kind.split(".")[-1])
             axis.yaxis.set_major_locator(MaxNLocator(4))
@@ -162,9 +159,16 @@ def _taken(figures: dict[str, Any], errors: str, chosen: str) -> str:
     value = figures.get(chosen)
     if value is None:
         return "none" if "none" in figures[errors] else ""
-    numbers = [name for name in figures[errors] if name != "none"]
-    nearest = min(numbers, key=lambda name: abs(float(name) - value), default="")
-    return nearest if nearest and abs(float(nearest) - value) <= 0.05 * abs(value) else ""
+    near = [name for name in figures[errors] if abs(_number(name) - value) <= 0.05 * abs(value)]
+    return min(near, key=lambda name: abs(_number(name) - value), default="")
+
+
+def _number(name: str) -> float:
+    """NaN, which is near nothing, for what is none."""
+    try:
+        return float(name)
+    except ValueError:
+        return math.nan
 
 
 def search_picture(report: Report) -> Picture | None:
