@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 1500
+
 
 class UserError(Exception):
     """Bad input. The command line prints it as one line and exits with code 2.
@@ -18,7 +20,14 @@ class UserError(Exception):
     def __init__(self, what: str, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
         line = f"{where}: {what}" if where else what
-        super().__init__(f"{line}; {fix}" if fix else line)
+        super().__init__(_one_line(f"{line}; {fix}" if fix else line))
+
+
+def _one_line(text: str) -> str:
+    """Names in files may hold anything: line breaks, a terminal's commands, megabytes. None of it gets to the user."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
 class Fault(UserError):

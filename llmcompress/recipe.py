@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,6 +29,8 @@ from llmcompress.resources import configs_dir
 _TOP_KEYS = ("description", "stages", "targets", "propagate")
 _PROPAGATE = ("compressed", "pruned", "block", "dense")
 _IN_STEP = ("compressed", "pruned")  # modes in which tokens pass each matrix once, behind its predecessors
+#: bytes; the packaged ones have a few hundred
+_LARGEST = 1 << 20
 _NO_RECIPES = {"models"}  # other tables that live beside the recipes
 
 
@@ -88,8 +91,10 @@ class Recipe:
             fix = "give the path of a YAML file" if path == Path(text) else nearest(text, Recipe.names())
             raise UserError(f"no recipe '{text}'", "--recipe", fix)
         try:
+            if path.stat().st_size > _LARGEST:
+                raise ValueError(f"more than {_LARGEST >> 20} MiB")
             tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError, OSError) as error:
             raise UserError(
                 f"not readable as YAML: {_one_line(error)}", str(path), "compare with configs/jsq.yaml"
             ) from None
@@ -192,12 +197,18 @@ def parse_value(text: str) -> object:
     """A value from the command line, read as the recipe files are: ``0.5``, ``2:4``, ``int8``, ``[0, 4e-5]``."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"'{text}' is not readable: {_one_line(error)}", "--set", "quote it as YAML would") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: 4e-5 is a number and 2:4 is not (YAML 1.1 reads it in base 60)."""
+    """YAML 1.2 numbers: 4e-5 is a number and 2:4 is not (YAML 1.1 reads it in base 60). No aliases: a few lines of
+    them stand for billions of values, or for a list that holds itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -19,6 +19,8 @@ from llmcompress.errors import UserError
 INDEX = "model.safetensors.index.json"
 """The file that says which shard holds which tensor."""
 
+#: far more than the index of the largest models has
+_JSON_BYTES = 2**28
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -158,8 +160,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no {file.name}", str(file.parent), "give a Hugging Face model folder")
     try:
+        if file.stat().st_size > _JSON_BYTES:
+            raise ValueError(f"more than {_JSON_BYTES >> 20} MiB")
         tree = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"not readable as JSON: {error}", str(file), "fetch the file again") from None
     if not isinstance(tree, dict):
         raise UserError("not a JSON object", str(file), "fetch the file again")

@@ -6,6 +6,7 @@ under other names load too."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from llmcompress.model.blocks import find_blocks
 from llmcompress.model.checkpoint import Checkpoint, require_finite
 from llmcompress.model.experts import StackedLinear, find_experts, find_routers, unstack
 from llmcompress.model.names import QUANTIZED_SUFFIXES, SourceNames, split_quantized
+from llmcompress.model.plausible import BoundedFactories, require_plausible
 from llmcompress.suspend import SuspendedForward
 
 
@@ -268,16 +270,18 @@ class BlockwiseModel:
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    require_plausible(checkpoint.config, len(checkpoint.tensors), str(checkpoint.folder / "config.json"))
+    largest = max(math.prod(info.shape) for info in checkpoint.tensors.values())
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False), no_init_weights():
+        with init_empty_weights(include_buffers=False), no_init_weights(), BoundedFactories(largest):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:  # transformers checks little: what does not fit raises whatever it runs into
         raise UserError(
-            f"transformers cannot build this model: {' '.join(str(error).split())[:300]}", str(checkpoint.folder),
-            "check config.json; custom code needs --trust-remote-code",
+            f"transformers cannot build this model: {' '.join(str(error).split())[:300] or type(error).__name__}",
+            str(checkpoint.folder), "check config.json; custom code needs --trust-remote-code",
         ) from error  # fmt: skip
 
 
