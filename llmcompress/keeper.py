@@ -35,6 +35,8 @@ class Keeper:
             walk.progress.say(f"goes on after block {start} of {number}, as {self.work.folder.name} says")
             walk.progress.skip_blocks(start)
             self.phases.add_earlier(kept[-1].phases, kept[-1].seconds)
+            walk.warnings = [warning for block in kept for warning in block.warnings]
+            self._told = len(walk.warnings)
         if start == number:
             return
         returned = self.work.returned(start, len(walk.models), walk.model.device) if start else ()

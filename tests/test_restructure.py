@@ -216,7 +216,9 @@ def test_same_seed_same_bytes(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["copy_model", "recover", "removal_error", "compare"])
-def test_a_failure_leaves_no_folder_that_looks_finished(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_no_folder_that_looks_finished(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*given: Any) -> Any:
         raise RuntimeError("broken")
 
