@@ -31,7 +31,8 @@ _RC: dict[str, Any] = {
     "axes.titlelocation": "left", "axes.labelsize": 11.5, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5,
     "legend.fontsize": 10.5, "legend.frameon": False, "grid.color": INK, "grid.alpha": 0.18, "grid.linewidth": 0.5,
     "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
-    "savefig.facecolor": "none", "axes.unicode_minus": True, "text.usetex": False, "text.parse_math": False, "axes.axisbelow": True,
+    "savefig.facecolor": "none", "axes.unicode_minus": True, "text.usetex": False, "text.parse_math": False,
+    "axes.axisbelow": True,
 }  # fmt: skip
 
 

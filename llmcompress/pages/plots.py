@@ -20,6 +20,8 @@ from llmcompress.report import GroupReport, Report
 
 #: pictures of one sort on a page, points of a curve, and lines of a plot: of more, some that are evenly spread
 PICTURES, POINTS, LINES = 8, 400, 100
+#: letters of a title
+TITLE = 20
 #: of a scale of peaks over their median, from 0.5 to at least the third of them
 TICKS = [sign * 10**power for power in range(6) for sign in (1, 3)]
 #: a decision's figures: key of the errors, key of what was chosen, its name
@@ -134,7 +136,7 @@ def _choices(
         for axis, (kind, found) in zip(axes, kinds.items(), strict=False):
             for figures in found[:: -(-len(found) // LINES)]:
                 _choice(axis, figures[errors], _taken(figures, errors, chosen))
-            axis.set_title(kind.split(".")[-1])
+            axis.set_title(kind.split(".")[-1][:TITLE])
             axis.yaxis.set_major_locator(MaxNLocator(4))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+.3g} %" if v else "0"))
             axis.tick_params(axis="x", rotation=90)
