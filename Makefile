@@ -18,7 +18,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP = $(VENV)/.llmcompress-ready
 
-.PHONY: setup demo test check format bench-setup clean
+.PHONY: setup demo test check format browser bench-setup clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# The tests open the pages in Chromium, and skip that where there is none. Installed only as root, by apt.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v $$name >/dev/null && exit 0; done; \
+	test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& { echo "installing chromium"; export DEBIAN_FRONTEND=noninteractive; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >&2 \
+		|| echo "no chromium: the pages will not be opened in a browser"
 
 check: setup
 	$(BIN)/ruff format --check .
