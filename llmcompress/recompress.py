@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import LOGITS, rounded_activations
+from llmcompress.lane import PROBE_TOKENS
 from llmcompress.measure import spare_memory_bytes
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.recipe import Recipe
 from llmcompress.suspend import Returns, SuspendedForward, gates
-from llmcompress.walk import PROBE_TOKENS, CompressedBlock, Walk
+from llmcompress.walk import CompressedBlock, Walk
 
 #: share of the spare memory that what enters the blocks may take
 MEMORY_SHARE = 0.5

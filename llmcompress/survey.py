@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from llmcompress.lane import PROBE_TOKENS
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import Block, BlockwiseModel
 from llmcompress.suspend import gates
-from llmcompress.walk import PROBE_TOKENS
 
 
 @dataclass

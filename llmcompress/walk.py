@@ -9,7 +9,6 @@ This is the file to read first, and the only one that joins methods and models."
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,23 +24,18 @@ from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme, experts_note
 from llmcompress.hidden_states import digest
+from llmcompress.lane import ERROR_ROWS, Lane, require_finite, sample
 from llmcompress.measure import Phases, peak_memory_bytes, release_freed_memory
 from llmcompress.methods.uncalibrated import aimed_at_compressed, without_rows
 from llmcompress.methods.unrounded import keeping_unrounded
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
-from llmcompress.model.load import BlockwiseModel, micro_batches
+from llmcompress.model.load import BlockwiseModel
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.rehearsal import Rehearsal, spans
 from llmcompress.report import BlockReport, GroupReport
 from llmcompress.starved import MIN_EXPERT_ROWS, Starved
-from llmcompress.suspend import AtMatrix, BlockPass, Rounding, Stop, gates
-
-#: rows on which the error of a matrix is measured
-ERROR_ROWS = 256
-#: tokens of the probe that finds input groups and verifies folds
-PROBE_TOKENS = 16
-
+from llmcompress.suspend import AtMatrix, BlockPass, Rounding, gates
 
 #: what `BlockPass.arrivals` gives
 Arrivals = Iterator[tuple[int, list[AtMatrix]]]
@@ -60,41 +54,6 @@ class CompressedBlock:
     report: BlockReport
     tensors: dict[str, Tensor] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
-
-
-class Lane:
-    """All micro-batches on their way through one model.
-
-    Args:
-        model: its blocks are loaded one at a time.
-        tokens: (N, T) int64.
-        batch: rows per micro-batch; None for full speed.
-
-    Attributes:
-        everyone: the probe and the micro-batches.
-    """
-
-    def __init__(self, model: BlockwiseModel, tokens: Tensor, batch: int | None = None) -> None:
-        self.model = model
-        batches = micro_batches(tokens) if batch is None else tokens.split(batch)
-        self.everyone = model.start_forwards([tokens[:1, :PROBE_TOKENS], *batches])
-        self.probe, *self.forwards = self.everyone
-
-    def through(self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False) -> BlockPass:
-        """The way through a loaded block, with a stop at each of the groups, which may be another model's.
-
-        In the last block it ends at the last of them.
-        """
-        modules = self.model.model
-        stops = [
-            Stop(
-                [modules.get_submodule(m.name) for m in group.matrices],
-                modules.get_submodule(group.fold_name) if group.fold else None,
-            )
-            for group in groups
-        ]
-        block = self.model.blocks[index].module
-        return BlockPass(block, stops, self.forwards, replay, ahead, last=index == len(self.model.blocks) - 1)
 
 
 class Walk:
@@ -209,9 +168,8 @@ class Walk:
         self._serve_unreached(found, groups, passes[0], outcome, finished.report)
         if index + 1 < len(self.model.blocks):
             self._enter_next(lanes, passes[0] if ahead else None, index, groups, outcome)
-        for note in {experts_note(s) for name, s in outcome.schemes.items() if self.model.merges_expert(name)} - {""}:
-            if note not in self.warnings:
-                self.warnings.append(note)
+        notes = {experts_note(s) for name, s in outcome.schemes.items() if self.model.merges_expert(name)}
+        self.warnings += notes - {"", *self.warnings}
         uncalled = [name for name in found.uncalled if self.recipe.targets(name)]
         self.warnings += [f"{name}: left dense, the block reads its weight without calling it" for name in uncalled]
         self.warnings += [*self._starved.warnings(), *outcome.warnings]
@@ -267,7 +225,7 @@ class Walk:
         """Runs the recipe on one input group, commits what it decided, and returns it."""
         reader, views = group.matrices[0], [m for m in group.matrices if self.recipe.targets(m.name)]
         rows, dense_rows = ([reader.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
-        _require_finite(group.name, rows)
+        require_finite(group.name, rows)
         reached = sum(len(x) for x in rows)
         if not reached:
             rows = dense_rows = [torch.zeros(1, group.width, dtype=self.model.dtype, device=self.model.device)]
@@ -280,8 +238,8 @@ class Walk:
         run_methods(methods, work, stats)
         if self._starved.is_expert(group.name):
             work.figures["rows"] = reached
-        sample = _sample(rows) if reached else torch.eye(group.width).to(rows[0])  # the error is that of the weights
-        errors = relative_errors(work, views, sample, _sample(dense_rows) if len(places) > 1 else sample)
+        seen = sample(rows) if reached else torch.eye(group.width).to(rows[0])  # the error is that of the weights
+        errors = relative_errors(work, views, seen, sample(dense_rows) if len(places) > 1 else seen)
         outcome.commit(group, work, places[0])
         for matrix, error in zip(work.matrices, errors, strict=True):
             report.matrices.append(outcome.report(matrix, error))
@@ -307,10 +265,10 @@ class Walk:
     def _plan(self, group: InputGroup, rows: int) -> tuple[frozenset[str], tuple[Method, ...]]:
         """Statistics and steps for a group that so many rows reach."""
         is_expert = self._starved.is_expert(group.name)
-        if rows >= (MIN_EXPERT_ROWS if is_expert else 1):
-            return (self._needs - {"cross"}, aimed_at_compressed(self._methods)) if is_expert else (
-                self._needs, self._methods
-            )  # fmt: skip
+        if is_expert and rows >= MIN_EXPERT_ROWS:
+            return self._needs - {"cross"}, aimed_at_compressed(self._methods)
+        if rows and not is_expert:
+            return self._needs, self._methods
         self._starved.note(group.name)
         return frozenset(), without_rows(self._methods, group.name)
 
@@ -321,12 +279,10 @@ class Walk:
         lone = [InputGroup([m], m.shape[1]) for m in found.unreached if self.recipe.targets(m.name)]
         unserved = [number for number in range(len(groups)) if number not in way.served]
         with self.phases("compress"):
-            for group in lone:
-                for part in group.parts():
-                    self._serve(part, [[]], outcome, report)
+            for part in [part for group in lone for part in group.parts()]:
+                self._serve(part, [[]], outcome, report)
             for number in unserved:
-                for part in groups[number].parts():
-                    work = self._serve(part, [[]], outcome, report)
+                work = [self._serve(part, [[]], outcome, report) for part in groups[number].parts()][-1]
                 if self.recipe.propagate not in ("pruned", "dense"):
                     self._round_from_now_on(way, number, work)
 
@@ -362,15 +318,3 @@ def _needs(recipe: Recipe) -> frozenset[str]:
 
 def _rounding(grid: QuantGrid, levels: Levels | None = None) -> Rounding:
     return lambda x: grid.round_activations(x, levels)
-
-
-def _sample(rows: list[Tensor]) -> Tensor:
-    """At most ERROR_ROWS rows, evenly spread over all of them, (tokens, in), copied."""
-    stride = max(1, sum(len(x) for x in rows) // ERROR_ROWS)
-    return torch.cat([x[::stride] for x in rows])[:ERROR_ROWS]
-
-
-def _require_finite(name: str, rows: list[Tensor]) -> None:
-    for x in rows:
-        if x.numel() and not all(math.isfinite(extreme) for extreme in x.aminmax()):
-            raise UserError("NaN or infinite activations reach it", name, "try --dtype float32, or check the weights")

@@ -1,0 +1,66 @@
+"""The calibration tokens on their way through one model, and the rows that are taken from them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import UserError
+from llmcompress.model.groups import InputGroup
+from llmcompress.model.load import BlockwiseModel, micro_batches
+from llmcompress.suspend import BlockPass, Stop
+
+#: rows on which the error of a matrix is measured
+ERROR_ROWS = 256
+#: tokens of the probe that finds input groups and verifies folds
+PROBE_TOKENS = 16
+
+
+class Lane:
+    """All micro-batches on their way through one model.
+
+    Args:
+        model: its blocks are loaded one at a time.
+        tokens: (N, T) int64.
+        batch: rows per micro-batch; None for full speed.
+
+    Attributes:
+        everyone: the probe and the micro-batches.
+    """
+
+    def __init__(self, model: BlockwiseModel, tokens: Tensor, batch: int | None = None) -> None:
+        self.model = model
+        batches = micro_batches(tokens) if batch is None else tokens.split(batch)
+        self.everyone = model.start_forwards([tokens[:1, :PROBE_TOKENS], *batches])
+        self.probe, *self.forwards = self.everyone
+
+    def through(self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False) -> BlockPass:
+        """The way through a loaded block, with a stop at each of the groups, which may be another model's.
+
+        In the last block it ends at the last of them.
+        """
+        modules = self.model.model
+        stops = [
+            Stop(
+                [modules.get_submodule(m.name) for m in group.matrices],
+                modules.get_submodule(group.fold_name) if group.fold else None,
+            )
+            for group in groups
+        ]
+        block = self.model.blocks[index].module
+        return BlockPass(block, stops, self.forwards, replay, ahead, last=index == len(self.model.blocks) - 1)
+
+
+def sample(rows: list[Tensor]) -> Tensor:
+    """At most ERROR_ROWS rows, evenly spread over all of them, (tokens, in), copied."""
+    stride = max(1, sum(len(x) for x in rows) // ERROR_ROWS)
+    return torch.cat([x[::stride] for x in rows])[:ERROR_ROWS]
+
+
+def require_finite(name: str, rows: list[Tensor]) -> None:
+    """Raises UserError naming the group if one of its rows holds a NaN or an infinity."""
+    for x in rows:
+        if x.numel() and not all(math.isfinite(extreme) for extreme in x.aminmax()):
+            raise UserError("NaN or infinite activations reach it", name, "try --dtype float32, or check the weights")
