@@ -16,6 +16,8 @@ import jinja2
 
 from llmcompress.errors import UserError
 
+#: far more than a document has
+_LINE_BYTES = 1 << 28
 _FIELDS = ("text", "messages", "prompt")
 
 
@@ -34,15 +36,18 @@ def jsonl_records(path: Path) -> Iterator[Record]:
         UserError: not UTF-8, or a line that is no JSON object.
     """
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(iter(lambda: file.readline(_LINE_BYTES), b""), start=1):
             where = f"{path}, line {number}"
+            if len(raw) == _LINE_BYTES:
+                raise UserError(f"has more than {_LINE_BYTES >> 20} MiB", where, "write one document per line")
             try:
                 line = raw.decode("utf-8-sig").strip()
                 content = json.loads(line) if line else None
             except UnicodeDecodeError as error:
                 raise UserError(f"is not UTF-8 text ({error.reason})", where, "save it as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"is not JSON ({error.msg})", where, "write one JSON object per line") from None
+            except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
+                said = getattr(error, "msg", _first_line(error))
+                raise UserError(f"is not JSON ({said})", where, "write one JSON object per line") from None
             if not line:
                 continue
             if not isinstance(content, dict):
