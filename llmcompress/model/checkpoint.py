@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmcompress.errors import UserError
+from llmcompress.errors import Fault, UserError
 
 INDEX = "model.safetensors.index.json"
 """The file that says which shard holds which tensor."""
@@ -81,15 +81,22 @@ class Checkpoint:
         return max(bytes_by_dtype, key=lambda dtype: bytes_by_dtype[dtype])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies tensors into memory, with no mapping of the files, whose pages would count as memory too."""
+        """Copies tensors into memory, with no mapping of the files, whose pages would count as memory too.
+
+        Raises:
+            Fault: a file that could be read when the checkpoint was opened cannot be read any more.
+        """
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in names:
             by_file[self.tensors[name].file].append(name)
         found: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
-            with safe_open(self.folder / file, framework="pt", backend="pread") as handle:
-                for name in wanted:
-                    found[name] = handle.get_tensor(name)
+            try:
+                with safe_open(self.folder / file, framework="pt", backend="pread") as handle:
+                    for name in wanted:
+                        found[name] = handle.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise Fault(f"cannot be read any more ({error})", str(self.folder / file), "fetch it again") from None
         return found
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
