@@ -113,7 +113,7 @@ def choice_pictures(report: Report) -> list[Picture]:
     pictures = []
     for number, (errors, chosen, name) in enumerate(CHOICES):
         kinds = {
-            kind: [g.figures for _, g in groups if isinstance(g.figures.get(errors), dict)]
+            kind: [g.figures for _, g in groups if len(g.figures.get(errors) or ()) > 1]
             for kind, groups in _groups(report).items()
         }
         kinds = dict(list({kind: found for kind, found in kinds.items() if found}.items())[:PICTURES])
@@ -151,9 +151,12 @@ def _choice(axis: Axes, errors: dict[str, float | None], taken: str) -> None:
     known = {name: e for name, e in errors.items() if e is not None}
     base = next(iter(known.values()), 0.0) or 1.0
     change = [100 * (e / base - 1) for e in known.values()]
-    axis.plot(list(known), change, color=SERIES[0], linewidth=0.9, alpha=0.6)
+    places = range(len(known))
+    axis.set_xticks(places, [name[:TITLE] for name in known])
+    axis.plot(places, change, color=SERIES[0], linewidth=0.9, alpha=0.6)
     if taken in known:
-        axis.plot([taken], [change[list(known).index(taken)]], "o", color=SERIES[1], markersize=3.5)
+        at = list(known).index(taken)
+        axis.plot([at], [change[at]], "o", color=SERIES[1], markersize=3.5)
 
 
 def _taken(figures: dict[str, Any], errors: str, chosen: str) -> str:
@@ -196,6 +199,7 @@ def search_picture(report: Report) -> Picture | None:
         axis.step(numbers, current, color=SERIES[0], linewidth=1, where="post", label="current")
         axis.step(numbers, least, color=SERIES[1], linewidth=1.8, linestyle="--", where="post", label="best so far")
         axis.set_xlabel("move")
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.set_ylabel("perplexity")
         axis.grid(axis="y")
         figure.legend(loc="outside upper left", ncols=4, columnspacing=1, handletextpad=0.4)

@@ -55,7 +55,12 @@ def _block(name: str, drawn: random.Random, number: int, experts: int) -> BlockR
         peaks = torch.rand(shape[1], generator=torch.Generator().manual_seed(number)) + 0.5
         peaks[3] *= 50
         smooths = kind.endswith(("q_proj", "up_proj"))
-        figures = {"clip_ratio": 5e-5, "clip_errors": {"0": 0.5, "5e-05": 0.25}, "rho": 0.0, "rho_errors": {"0": 0.25}}
+        figures = {
+            "clip_ratio": 5e-5,
+            "clip_errors": {"0": 0.5, "5e-05": 0.25},
+            "rho": 0.0,
+            "rho_errors": {"0": 0.25, "0.05": 0.5},
+        }
         inputs = described(peaks, peaks.sqrt() if smooths else None)
         block.groups.append(GroupReport(f"{name}.{kind}", smooths, "" if smooths else "no norm", figures, inputs))
     return block
