@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 
-from llmcompress import api
+from llmcompress import api, cli
 from llmcompress.export import checkpoint
 from llmcompress.recipe import Recipe
 
@@ -53,6 +54,32 @@ def changes(arguments: tuple[Path, Recipe, Path, api.Options]) -> int:
     return number
 
 
+def command(line: Sequence[str], said: Path, *, at: int, signal_number: int = signal.SIGINT) -> int:
+    """The command line in a process that gets a signal at a change of the disk; its exit code.
+
+    Args:
+        line: the arguments.
+        said: file for standard error.
+        at: as in `run`.
+        signal_number: the signal.
+    """
+    process = _SERVER.Process(target=_command, args=(list(line), said, at, signal_number))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _command(line: list[str], said: Path, at: int, signal_number: int) -> None:
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file
+        _Countdown(at, signal_number)
+        code = cli.main(line)
+        file.flush()
+    sys.exit(code)
+
+
 def _compress(arguments: Sequence[Any], at: int, given: dict[str, Any]) -> None:
     if at:
         _Countdown(at)
@@ -66,10 +93,10 @@ def _count(arguments: Sequence[Any], results: Any) -> None:
 
 
 class _Countdown:
-    """Dies before a change of the disk takes place."""
+    """Gets a signal before a change of the disk takes place."""
 
-    def __init__(self, at: int) -> None:
-        self.at, self.calls = at, 0
+    def __init__(self, at: int, signal_number: int = signal.SIGKILL) -> None:
+        self.at, self.calls, self.signal_number = at, 0, signal_number
         for name in ("fsync", "rename", "replace", "mkdir", "unlink"):
             setattr(os, name, self._counting(getattr(os, name)))
         shutil.rmtree = self._counting(shutil.rmtree)
@@ -80,7 +107,7 @@ class _Countdown:
         def count(*given: Any, **named: Any) -> Any:
             self.calls += 1
             if self.calls == self.at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.signal_number)
             return change(*given, **named)
 
         return count
