@@ -1,4 +1,5 @@
-"""Quantization grids: which values a weight or an activation may take, and how it is rounded to them.
+"""Quantization grids: which values a weight or an activation may take, and how it is rounded to them. Those of small
+floating-point numbers are `llmcompress.core.floats`'.
 
 The arithmetic is that of the compressed-tensors checkpoints this project writes, so what is measured here is
 what a loader computes: signed codes in [-2^(b-1), 2^(b-1) - 1], symmetric scale absmax / ((2^b - 1) / 2), and zero
@@ -6,25 +7,23 @@ always on the grid."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from llmcompress.core.floats import FLOATS, float_codes, float_scale, float_values
+from llmcompress.core.notation import check, read_fields
 from llmcompress.core.observe import best_trial
-from llmcompress.errors import UserError, nearest
+from llmcompress.errors import UserError
 
-GROUPINGS = ("tensor", "channel", "token")
-OBSERVERS = ("minmax", "mse")
 #: shares of the full range that an ``mse`` grid tries
 SHARES = tuple(1 - step / 100 for step in range(80))
 #: entries that are rounded at once
 PART_ENTRIES = 1 << 20
 #: groups whose trials are held at once
 FIT_GROUPS = 1 << 14
-_KEYS = ("bits", "symmetric", "group", "dynamic", "observer")
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,12 @@ class Levels:
     Attributes:
         scale: (rows or 1, G) float32 holding values of the dtype they will be stored in.
         zero_point: like ``scale``, integer-valued; None if symmetric.
+        outer: scalar by which nvfp4's scales are multiplied to be stored; None elsewhere.
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
+    outer: Tensor | None = None
 
     def at(self, group: int) -> Levels:
         """The levels of one group, (rows or 1, 1)."""
@@ -56,6 +57,7 @@ class QuantGrid:
             consecutive columns.
         dynamic: activations only: the scale is taken from each input at run time, not from calibration.
         observer: ``minmax``, or ``mse`` to shrink the range where that lowers the rounding error (weights only).
+        kind: ``int``, or small floating-point numbers: a key of `FLOATS`.
     """
 
     bits: int = 8
@@ -63,6 +65,7 @@ class QuantGrid:
     group: str | int = "channel"
     dynamic: bool = False
     observer: str = "minmax"
+    kind: str = "int"
 
     @staticmethod
     def parse_weights(value: object) -> QuantGrid:
@@ -142,8 +145,13 @@ class QuantGrid:
         grouped = self._grouped(x.float())
         return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
-    def levels(self, low: Tensor, high: Tensor, scale_dtype: torch.dtype = torch.float32) -> Levels:
-        """The grid over [low, high], where low ≤ 0 ≤ high, both (rows or 1, G)."""
+    def levels(
+        self, low: Tensor, high: Tensor, scale_dtype: torch.dtype = torch.float32, most: Tensor | None = None
+    ) -> Levels:
+        """The grid over [low, high], where low ≤ 0 ≤ high, both (rows or 1, G); ``most`` as `float_scale` has it."""
+        if self.kind != "int":
+            scale, outer = float_scale(self.kind, torch.maximum(-low, high), scale_dtype, most)
+            return Levels(scale, None, outer)
         bottom, top = self.range
         span = float(top - bottom)
         if self.symmetric:
@@ -157,6 +165,9 @@ class QuantGrid:
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         for rows, scale, zero in _parts(x, levels):
             exact = self._grouped(x[rows].float()) / scale
+            if self.kind != "int":
+                codes[rows] = float_codes(self.kind, exact).view_as(codes[rows])
+                continue
             exact = exact if zero is None else exact.add_(zero)
             codes[rows] = exact.round_().clamp_(*self.range).view_as(codes[rows])
         return codes
@@ -165,7 +176,8 @@ class QuantGrid:
         """(rows, cols) float32 values of ``codes``."""
         values = torch.empty(codes.shape, device=codes.device)
         for rows, scale, zero in _parts(codes, levels):
-            part = self._grouped(values[rows].copy_(codes[rows]))
+            plain = codes[rows] if self.kind == "int" else float_values(self.kind, codes[rows])
+            part = self._grouped(values[rows].copy_(plain))
             part = part if zero is None else part.sub_(zero)
             part.mul_(scale)
         return values
@@ -254,55 +266,12 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _parse(value: object, where: str, default: QuantGrid) -> QuantGrid:
     if isinstance(value, QuantGrid):
         return value
-    if isinstance(value, dict):
-        unknown = [key for key in value if key not in _KEYS]
-        if unknown:
-            raise UserError(f"unknown key '{unknown[0]}'", where, nearest(str(unknown[0]), _KEYS))
-        fields = dict(value)
-    else:
-        fields = _parse_words(str(value), where)
+    fields = read_fields(value, where)
     if fields.get("dynamic") is False and "group" not in fields and where == "activations":
         fields["group"] = "tensor"
-    return _checked(replace(default, **fields), where)
-
-
-def _parse_words(text: str, where: str) -> dict[str, object]:
-    """``int4-g128-asym`` as fields."""
-    head, *words = text.strip().split("-")
-    if not re.fullmatch(r"int\d+", head):
-        raise UserError(
-            f"'{text}' is no grid", where, "write int8, int4-g128, or {bits: 6, group: channel, symmetric: true}"
-        )
-    fields: dict[str, object] = {"bits": int(head[3:])}
-    meanings: dict[str, tuple[str, object]] = {
-        "asym": ("symmetric", False),
-        "sym": ("symmetric", True),
-        "static": ("dynamic", False),
-    }
-    meanings |= {"dynamic": ("dynamic", True), "mse": ("observer", "mse")}
-    meanings |= {name: ("group", name) for name in GROUPINGS}
-    for word in words:
-        if re.fullmatch(r"g\d+", word):
-            fields["group"] = int(word[1:])
-        elif word in meanings:
-            key, meaning = meanings[word]
-            fields[key] = meaning
-        else:
-            raise UserError(f"'{word}' in '{text}' is unknown", where, nearest(word, [*meanings, "g128"]))
-    return fields
-
-
-def _checked(grid: QuantGrid, where: str) -> QuantGrid:
-    if type(grid.bits) is not int or not 2 <= grid.bits <= 8:
-        raise UserError(f"{grid.bits} bits", where, "use 2 to 8 bits")
-    if isinstance(grid.group, str) and grid.group not in GROUPINGS:
-        raise UserError(
-            f"unknown group '{grid.group}'", where, nearest(grid.group, GROUPINGS) + ", or a number of columns"
-        )
-    if isinstance(grid.group, bool) or (isinstance(grid.group, int) and grid.group < 1):
-        raise UserError(f"group size {grid.group}", where, "use a positive number of columns")
-    if not isinstance(grid.symmetric, bool) or not isinstance(grid.dynamic, bool):
-        raise UserError("symmetric and dynamic are true or false", where)
-    if grid.observer not in OBSERVERS:
-        raise UserError(f"unknown observer '{grid.observer}'", where, nearest(str(grid.observer), OBSERVERS))
-    return grid
+    grid = replace(default, **fields)
+    check(grid, where)
+    if grid.kind == "int":
+        return grid
+    bits, size = FLOATS[grid.kind]
+    return replace(grid, bits=bits, group=size or grid.group)

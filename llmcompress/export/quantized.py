@@ -9,6 +9,8 @@ were chosen, never rounded again. The container of a matrix follows from its sch
 | W8 with activations; W4 with 8-bit activations   | `int-quantized`  | one byte         | transformers, vLLM          |
 | other symmetric weights with activations (W6A6)  | `pack-quantized` | its bits         | transformers                |
 | asymmetric weights, any bits                     | `int-quantized`  | one byte         | transformers                |
+| fp8 weights, with or without fp8 activations     | `float-quantized`| one byte         | transformers, vLLM          |
+| nvfp4, mxfp4 weights only                        | `nvfp4-pack-quantized`, `mxfp4-pack-quantized` | 4 bits | both |
 
 The last row is a limit of the readers: packed zero points of compressed-tensors 0.20 do not load in transformers 5.23,
 which expects them unpacked and stops at a size mismatch; ``storage_note`` says so to the user. Where a block flattens
@@ -18,8 +20,6 @@ be quantized in this format (``unsupported``); other modules are to be stored wi
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,11 +40,18 @@ from torch import Tensor, nn
 
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.errors import UserError
+from llmcompress.export.floats import float_args, float_grid, pack_floats, unpack_floats
 from llmcompress.export.library import library_schemes
+from llmcompress.export.patterns import name_patterns
 
 INT_QUANTIZED = CompressionFormat.int_quantized.value
 PACK_QUANTIZED = CompressionFormat.pack_quantized.value
-READABLE_FORMATS = (INT_QUANTIZED, PACK_QUANTIZED, CompressionFormat.naive_quantized.value)
+FLOAT_FORMATS = {
+    "fp8": CompressionFormat.float_quantized.value,
+    "nvfp4": CompressionFormat.nvfp4_pack_quantized.value,
+    "mxfp4": CompressionFormat.mxfp4_pack_quantized.value,
+}
+READABLE_FORMATS = (INT_QUANTIZED, PACK_QUANTIZED, CompressionFormat.naive_quantized.value, *FLOAT_FORMATS.values())
 
 #: of schemes with ``output_activations``, which transformers applies
 OUTPUTS_NOTE = "vLLM does not round the outputs of q, k and v as transformers and this program do"
@@ -81,8 +88,10 @@ def unsupported(module_type: type[nn.Module]) -> str:
 
 
 def storage_format(scheme: Scheme) -> str:
-    """The compressed-tensors format of a matrix: ``int-quantized`` or ``pack-quantized`` (table in the module)."""
+    """The compressed-tensors format of a matrix (table in the module)."""
     weights, activations = scheme.weights, scheme.activations
+    if weights.kind != "int":
+        return FLOAT_FORMATS[weights.kind]
     if not weights.symmetric:
         return INT_QUANTIZED
     if activations is None:
@@ -93,7 +102,8 @@ def storage_format(scheme: Scheme) -> str:
 
 def storage_bits(scheme: Scheme) -> int:
     """Bits that one code takes on disk."""
-    return scheme.weights.bits if storage_format(scheme) == PACK_QUANTIZED else 8
+    packed = storage_format(scheme) == PACK_QUANTIZED or scheme.weights.kind != "int"
+    return scheme.weights.bits if packed else 8
 
 
 def stored_bits_per_weight(scheme: Scheme, columns: int, dtype: torch.dtype) -> float:
@@ -102,7 +112,7 @@ def stored_bits_per_weight(scheme: Scheme, columns: int, dtype: torch.dtype) -> 
     grid = scheme.weights
     if grid.group == "tensor":
         return float(storage_bits(scheme))
-    levels = 8 * dtype.itemsize + (0 if grid.symmetric else 8)
+    levels = 8 * dtype.itemsize + (0 if grid.symmetric else 8) if grid.kind in ("int", "fp8") else 8
     return storage_bits(scheme) + levels / grid.group_size(columns)
 
 
@@ -163,19 +173,6 @@ def quantization_config(schemes: Mapping[str, Scheme], all_linears: Iterable[str
     return dumped | {"sparsity_config": {}, "transform_config": {}, "version": compressed_tensors.__version__}
 
 
-def name_patterns(names: Iterable[str], all_names: Iterable[str]) -> list[str]:
-    """The shortest exact description of ``names`` among ``all_names``: ``re:`` patterns with the layer numbers left
-    open where that takes in no other name, plain names elsewhere."""
-    wanted = list(dict.fromkeys(names))
-    others = {_family(name) for name in set(all_names) - set(wanted)}
-    sizes = Counter(_family(name) for name in wanted)
-    described = {
-        name: f"re:{_family(name)}$" if _family(name) not in others and sizes[_family(name)] > 1 else name
-        for name in wanted
-    }
-    return list(dict.fromkeys(described.values()))
-
-
 def pack(
     quantized: QuantizedWeight, scheme: Scheme, dtype: torch.dtype, activations: Levels | None = None
 ) -> dict[str, Tensor]:
@@ -193,12 +190,17 @@ def pack(
     grid, levels, codes = scheme.weights, quantized.levels, quantized.codes
     if Scheme(quantized.grid).stored() != Scheme(grid).stored():
         raise ValueError(f"codes of {quantized.grid} under a scheme of {grid}")
-    if codes.dtype != torch.int8 or codes.amin() < grid.range[0] or codes.amax() > grid.range[1]:
+    if codes.dtype != torch.int8 or (
+        grid.kind == "int" and (codes.amin() < grid.range[0] or codes.amax() > grid.range[1])
+    ):
         raise ValueError(f"codes outside {grid.range}")
     static = scheme.activations is not None and not scheme.activations.dynamic
     if static != (activations is not None):
         raise ValueError("activation levels belong to static activations, and only to them")
-    tensors = _pack_codes(codes, scheme) | _pack_levels("weight", grid, levels, dtype)
+    if grid.kind == "int":
+        tensors = _pack_codes(codes, scheme) | _pack_levels("weight", grid, levels, dtype)
+    else:
+        tensors = pack_floats(grid.kind, codes, levels, dtype)
     if activations is not None and scheme.activations is not None:
         tensors |= _pack_levels("input", scheme.activations, activations, dtype)
     return tensors
@@ -206,6 +208,8 @@ def pack(
 
 def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
     """The inverse of ``pack``: codes (out, in) int8 and float32 levels, from tensors by their name in the Linear."""
+    if scheme.weights.kind != "int":
+        return QuantizedWeight(*unpack_floats(scheme.weights.kind, tensors), scheme.weights)
     if "weight_packed" in tensors:
         packed, shape = tensors["weight_packed"], torch.Size(tensors["weight_shape"].tolist())
         parts = [
@@ -232,11 +236,6 @@ def schemes_of(config: Mapping[str, Any], linear_names: Iterable[str]) -> dict[s
     return {name: _own_scheme(group) for name, group in library_schemes(config, linear_names).items()}
 
 
-def _family(name: str) -> str:
-    """A pattern of ``name`` with every number between dots left open."""
-    return ".".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
-
-
 def _library_scheme(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
     return QuantizationScheme(
         targets=targets,
@@ -248,6 +247,8 @@ def _library_scheme(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
 
 
 def _library_args(grid: QuantGrid) -> QuantizationArgs:
+    if grid.kind != "int":
+        return float_args(grid)
     grouped = isinstance(grid.group, int)
     return QuantizationArgs(
         num_bits=grid.bits,
@@ -270,6 +271,8 @@ def _own_scheme(group: QuantizationScheme) -> Scheme:
 
 
 def _own_grid(args: QuantizationArgs) -> QuantGrid:
+    if args.type == QuantizationType.FLOAT:
+        return float_grid(args)
     if args.type != QuantizationType.INT or args.strategy not in ("tensor", "channel", "token", "group"):
         raise UserError(
             f"{args.type} codes per {args.strategy} are not read",

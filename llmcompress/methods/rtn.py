@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
+from torch import Tensor
+
 from llmcompress.core.grid import QuantGrid, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.stats import InputStats
@@ -37,6 +40,13 @@ class RTN(Method):
 
     def __post_init__(self) -> None:
         check_outputs(self.activations, self.quantize_outputs)
+        inputs = self.activations
+        if inputs is not None and (inputs.kind != self.weights.kind or self.weights.kind not in ("int", "fp8")):
+            raise UserError(
+                f"{inputs.kind} inputs and {self.weights.kind} weights have no format together",
+                "quantize",
+                "use fp8 for both, integers for both, or leave activations out",
+            )
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -53,14 +63,19 @@ class RTN(Method):
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         set_activation_grid(group, stats, self.activations)
         set_output_grids(group, self.quantize_outputs)
+        most = torch.stack([m.weight.abs().amax() for m in group]).amax() if self.weights.kind == "nvfp4" else None
         for matrix in group:
-            matrix.quantize(round_to_nearest(matrix, self.weights))
+            matrix.quantize(round_to_nearest(matrix, self.weights, most))
         return stats
 
 
-def round_to_nearest(matrix: Matrix, grid: QuantGrid) -> QuantizedWeight:
-    """The matrix's codes on the grid fitted to it."""
-    levels = grid.fit(matrix.weight, matrix.scale_dtype)
+def round_to_nearest(matrix: Matrix, grid: QuantGrid, most: Tensor | None = None) -> QuantizedWeight:
+    """The matrix's codes on the grid fitted to it; ``most`` is the largest weight of all that a server may fuse with
+    it, which share nvfp4's outer scale."""
+    if most is None:
+        levels = grid.fit(matrix.weight, matrix.scale_dtype)
+    else:
+        levels = grid.levels(*grid.bounds(matrix.weight), matrix.scale_dtype, most)
     return QuantizedWeight(grid.quantize(matrix.weight, levels), levels, grid)
 
 

@@ -28,6 +28,7 @@ QUANTIZED_SUFFIXES = (
     "weight_scale",
     "weight_zero_point",
     "weight_shape",
+    "weight_global_scale",
     "input_scale",
     "input_zero_point",
 )

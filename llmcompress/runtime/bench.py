@@ -92,7 +92,7 @@ def measure_in_turn(variants: list[Variant], rounds: int, advance: Callable[[int
     """
     for _ in range(rounds):
         for variant in variants:
-            variant.rounds.append(_in_own_process(variant))
+            variant.rounds.append(measure_once(variant))
             advance(1)
 
 
@@ -138,7 +138,12 @@ def _spread(variant: Variant, kind: str, batch: int) -> str:
     return f"±{(high - low) / 2 / middle:.0%}"
 
 
-def _in_own_process(variant: Variant) -> Round:
+def measure_once(variant: Variant) -> Round:
+    """One round of a variant, in a process of its own.
+
+    Raises:
+        UserError: as `measure_in_turn`.
+    """
     job = json.dumps(asdict(variant.job))
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     if variant.job.threads:

@@ -31,6 +31,8 @@ _PACKED_ROWS = 1024
 
 def why_not_int4(scheme: Scheme, rows: int, columns: int) -> str:
     """Why a Linear (rows, columns) of this scheme cannot run as packed 4-bit codes; empty if it can."""
+    if scheme.weights.kind != "int":
+        return f"its weights are {scheme.weights.kind}, and this processor's kernels multiply integers"
     if scheme.weights.bits > 4:
         return f"its weights have {scheme.weights.bits} bits"
     if scheme.activations is not None:

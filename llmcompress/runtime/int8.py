@@ -25,6 +25,8 @@ def why_not_int8(scheme: Scheme) -> str:
     weights, inputs = scheme.weights, scheme.activations
     if inputs is None:
         return "its inputs are not rounded to integers"
+    if weights.kind != "int":
+        return f"its weights are {weights.kind}, and this processor's kernels multiply integers"
     if not weights.symmetric:
         return "its weights are asymmetric"
     if isinstance(weights.group, int) or isinstance(inputs.group, int):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -146,12 +144,10 @@ def test_bench_refuses_what_cannot_run(folders: dict[str, Path], capsys: pytest.
     assert main(["bench", str(folders["w8a8"] / "none")]) == 2
 
 
-def test_generate_streams_the_same_text_for_the_same_seed() -> None:
+def test_generate_streams_the_same_text_for_the_same_seed(capsys: pytest.CaptureFixture[str]) -> None:
     def text() -> str:
-        command = [sys.executable, "-m", "llmcompress", "generate", "llama", "--prompt", "It was a dark"]
-        done = subprocess.run([*command, "--new", "8", "--temperature", "1"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert main(["generate", "llama", "--prompt", "It was a dark", "--new", "8", "--temperature", "1"]) == 0
+        return capsys.readouterr().out
 
     first = text()
     assert first.startswith("It was a dark") and len(first.split()) > 5 and first == text()
