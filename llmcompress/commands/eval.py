@@ -13,7 +13,7 @@ from llmcompress.errors import UserError
 EXAMPLES = """examples:
   python -m llmcompress eval compressed/llama-jsq --reference llama --text held-out.txt
   python -m llmcompress eval llama --tasks blimp_local=pairs.jsonl,choices_local=questions.jsonl
-  python -m llmcompress eval compressed/llama2-jsq --reference meta-llama/Llama-2-7b-hf --tasks jsq_table --json out.json
+  python -m llmcompress eval compressed/llama2 --reference meta-llama/Llama-2-7b-hf --tasks jsq_table --json out.json
 """
 
 
@@ -92,7 +92,7 @@ def _parser() -> Parser:
     cut = parser.add_argument_group("windows")
     add = cut.add_argument
     add("--length", type=int, metavar="L",
-        help="tokens per window and per input of a task (default: 512; for tasks what the model takes up to 4096)")  # fmt: skip
+        help="tokens per window and per input of a task (default: 512; tasks: the model's, up to 4096)")  # fmt: skip
     add("--stride", type=int, metavar="S", help="tokens predicted per window (default: L, as lm-eval does)")
     add("--windows", default="rolling", choices=["rolling", "rows"],
         help="rolling predicts every token once (default); rows are what the papers cut texts into")  # fmt: skip

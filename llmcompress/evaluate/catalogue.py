@@ -1,8 +1,8 @@
 """lm-eval's tasks by name, with their data, quickly.
 
 lm-eval reads all of its 14,000 tasks' files to know their names, 15 s on two cores. Here the files' text is searched
-for the names that are wanted, and only the folders that define these are read. Where the Hub does not answer, data sets are
-looked for on this machine only, instead of in half a minute of retries each."""
+for the names that are wanted, and only the folders that define these are read. Where the Hub does not answer, data sets
+are looked for on this machine only, instead of in half a minute of retries each."""
 
 from __future__ import annotations
 
