@@ -15,8 +15,9 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 #: points; a phone shows a figure of this width about as large as it is
 WIDTH = 360
@@ -41,9 +42,8 @@ def canvas(height: float, width: float = WIDTH) -> Iterator[Figure]:
     """A figure of ``width`` × ``height`` points, and Matplotlib's settings while it is drawn on."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_RC}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # text is set in the fonts of the browser
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        figure.get_layout_engine().set(w_pad=2 / 72, h_pad=2 / 72)
-        yield figure
+        layout = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72)
+        yield Figure(figsize=(width / 72, height / 72), layout=layout)
 
 
 def inline(figure: Figure, key: str, title: str, description: str) -> Markup:
@@ -80,7 +80,7 @@ def _own_names(drawn: str, key: str) -> str:
     return re.sub(r'(url\(|href=")#', rf"\1#{key}-", drawn)
 
 
-def heat_colors() -> LinearSegmentedColormap:
+def heat_colors() -> Colormap:
     """Dark blue to yellow, the same to those who cannot tell red from green."""
     return matplotlib.colormaps["cividis"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,7 +237,7 @@ def cost_picture(report: Report) -> Picture | None:
     said = f"{sum(seconds):.1f} s in {len(seconds)} blocks, {seconds[slowest]:.2f} s in the slowest, block {slowest}"
     said += f"; memory rose from {peaks[0][1]:.0f} to {peaks[-1][1]:.0f} MiB over the blocks." if peaks else "."
     with canvas(220 if peaks else 140) as figure:
-        axes: Sequence[Axes] = figure.subplots(2 if peaks else 1, 1, squeeze=False, sharex=True)[:, 0]
+        axes: list[Axes] = list(figure.subplots(2 if peaks else 1, 1, squeeze=False, sharex=True)[:, 0])
         axes[0].bar(range(len(seconds)), seconds, color=SERIES[0], width=0.8)
         axes[0].set_ylabel("seconds")
         if peaks:

@@ -108,7 +108,7 @@ def _read_bench(file: Path) -> tuple[dict[str, Speed], str]:
         if pair is None:
             continue
         after, before = (pair.get(key) if isinstance(pair, dict) else None for key in ("after", "before"))
-        if not _positive(after) or not (before is None or _positive(before)):
+        if after is None or not all(_positive(rate) for rate in (after, before) if rate is not None):
             raise UserError(
                 f"tokens_per_second.{kind} is not a pair of speeds", str(file), "measure again, or remove it"
             )
