@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from llmcompress.documents import Record, dataset_records, document_tokens, jsonl_records
+from llmcompress.documents import Record, dataset_records, document_tokens, encoded, jsonl_records
 from llmcompress.errors import UserError
 from llmcompress.sampling import check_length, self_samples
 
@@ -196,7 +196,7 @@ def _text_tokens(path: Path, tokenizer: Any, needed: int) -> list[int]:
             raise UserError(f"is not UTF-8 text ({error.reason})", str(path), "save it as UTF-8") from None
         if not text.strip():
             raise UserError(f"is empty: 0 tokens, and {needed} are needed", str(path), "give a text")
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        ids = encoded(text, tokenizer, str(path))
         if len(text) < characters or len(ids) >= needed + _MARGIN:
             return ids
         characters *= 4

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from llmcompress.errors import UserError
 
 #: far more than a document has
@@ -90,7 +88,7 @@ def document_tokens(record: Record, tokenizer: Any) -> list[int]:
     """
     text = record.fields.get("text")
     if isinstance(text, str):
-        return list(tokenizer(text, verbose=False)["input_ids"]) if text.strip() else []
+        return encoded(text, tokenizer, record.where) if text.strip() else []
     messages = _messages(record)
     if not tokenizer.chat_template:
         raise UserError(
@@ -98,12 +96,33 @@ def document_tokens(record: Record, tokenizer: Any) -> list[int]:
         )
     try:
         written = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+    except Exception as error:  # a template is a program, and may fail as it likes
         raise UserError(
             f"does not fit the chat template ({_first_line(error)})", record.where, "give role and content per message"
         ) from error
     # the template has written the special tokens already
-    return list(tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"])
+    return encoded(written, tokenizer, record.where, special=False)
+
+
+def encoded(text: str, tokenizer: Any, where: str, special: bool = True) -> list[int]:
+    """Token ids of a text.
+
+    Args:
+        text: not blank.
+        tokenizer: of transformers.
+        where: the text is from, for the error.
+        special: add the special tokens, unless the text has them already.
+
+    Raises:
+        UserError: the tokenizer fails on it.
+    """
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    except Exception as error:  # files that do not fit each other raise whatever the library runs into
+        raise UserError(
+            f"the tokenizer fails on it ({_first_line(error)})", where, "give the tokenizer that belongs to the model"
+        ) from error
+    return ids
 
 
 def _messages(record: Record) -> list[dict[str, Any]]:

@@ -20,10 +20,10 @@ class UserError(Exception):
     def __init__(self, what: str, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
         line = f"{where}: {what}" if where else what
-        super().__init__(_one_line(f"{line}; {fix}" if fix else line))
+        super().__init__(one_line(f"{line}; {fix}" if fix else line))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Names in files may hold anything: line breaks, a terminal's commands, megabytes. None of it gets to the user."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"

@@ -29,12 +29,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fuzz_inputs import KEYS, as_json, mangled, mutated, value, written
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from fuzz_inputs import KEYS, as_json, mangled, mutated, value, written
 
 SECONDS_EACH = 20
 MEMORY_EACH = 2 << 30

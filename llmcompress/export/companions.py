@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from llmcompress.errors import UserError
 from llmcompress.export.destination import RECORD
 
 COMPANIONS = (
@@ -34,6 +35,16 @@ NEVER_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack
 
 
 def companions(folder: Path, patterns: Iterable[str] = COMPANIONS) -> list[Path]:
-    """The files of a model folder that these patterns name, weights and this program's own record excepted."""
+    """The files of a model folder that these patterns name, weights and this program's own record excepted.
+
+    Raises:
+        UserError: one is a link to a file elsewhere, which would be copied into a folder that may be published.
+    """
     found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+    home = Path(folder).resolve()
+    cache = home.parent.parent / "blobs"  # where snapshots of the Hub's cache have their files
+    for path in sorted(found):
+        real = path.resolve()
+        if not real.is_relative_to(home) and not (home.parent.name == "snapshots" and real.is_relative_to(cache)):
+            raise UserError("is a link that leaves the folder", str(path), "put the file itself there")
     return sorted(path for path in found if path.suffix not in NEVER_COPIED and path.name != RECORD)

@@ -93,8 +93,8 @@ def check_report(
     try:
         report = Report.from_json((folder / _REPORT).read_text(encoding="utf-8"))
         again = report.to_dict()
-        listed = {m.name: m for m in report.matrices}
-        said_size = report.size_bytes["after"]
+        listed = {str(m.name): (tuple(m.shape), m.zeros, float(m.bits)) for m in report.matrices}
+        said_size, figures = report.size_bytes["after"], metrics(report)
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, ZeroDivisionError) as error:
         verdict.fail("report", _REPORT, f"not a report of this program: {str(error)[:120]}")
         return
@@ -111,12 +111,11 @@ def check_report(
     for name in sorted(listed.keys() ^ claims.keys()):
         verdict.fail("report", f"{_REPORT}: {name}", f"only one of {_REPORT} and {RECORD} lists it")
     for name in sorted(listed.keys() & claims.keys()):
-        matrix, claim = listed[name], claims[name]
-        agrees = tuple(matrix.shape) == claim.shape and matrix.zeros == claim.zeros and _close(matrix.bits, claim.bits)
-        what = f"{matrix.shape}, {matrix.zeros} zeros, {matrix.bits} bits; {RECORD}: "
-        what += f"{claim.shape}, {claim.zeros} zeros, {claim.bits} bits"
+        (shape, zeros, bits), claim = listed[name], claims[name]
+        agrees = shape == claim.shape and zeros == claim.zeros and _close(bits, claim.bits)
+        what = f"{shape}, {zeros} zeros, {bits} bits; {RECORD}: {claim.shape}, {claim.zeros} zeros, {claim.bits} bits"
         verdict.require(agrees, "report", f"{_REPORT}: {name}", what)
-    _check_card(folder, report, verdict)
+    _check_card(folder, figures, verdict)
 
 
 def check_total_sparsity(pattern: object, figures: list[MatrixFigures], verdict: Verdict) -> None:
@@ -129,7 +128,7 @@ def check_total_sparsity(pattern: object, figures: list[MatrixFigures], verdict:
         verdict.fail("masks", "all matrices", what)
 
 
-def _check_card(folder: Path, report: Report, verdict: Verdict) -> None:
+def _check_card(folder: Path, figures: Mapping[str, float], verdict: Verdict) -> None:
     """The figures in the card's metadata are the report's."""
     card = folder / _CARD
     if not card.is_file():
@@ -138,11 +137,11 @@ def _check_card(folder: Path, report: Report, verdict: Verdict) -> None:
     try:
         data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
         results: list[EvalResult] = data.get("eval_results") or []
-        found = {r.metric_type: r.metric_value for r in results if r.metric_type in metrics(report)}
+        found = {r.metric_type: r.metric_value for r in results if r.metric_type in figures}
     except (ValueError, OSError, TypeError, AttributeError) as error:
         verdict.fail("card", _CARD, f"its metadata cannot be read: {str(error)[:120]}")
         return
-    for kind, value in metrics(report).items():
+    for kind, value in figures.items():
         if kind not in found:  # an author may take figures out of the card
             verdict.skip(f"{_CARD}: gives no {kind}")
             continue

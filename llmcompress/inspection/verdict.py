@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from llmcompress.errors import one_line
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -45,11 +47,11 @@ class Verdict:
 
     def fail(self, check: str, where: str, what: str) -> None:
         """Notes what is wrong, once."""
-        finding = Finding(check, where, what)
+        finding = Finding(check, one_line(where), one_line(what))
         if finding not in self.wrong:
             self.wrong.append(finding)
 
     def skip(self, what: str) -> None:
         """Notes what could not be checked, once."""
-        if what not in self.unchecked:
-            self.unchecked.append(what)
+        if one_line(what) not in self.unchecked:
+            self.unchecked.append(one_line(what))
