@@ -55,9 +55,11 @@ def metadata(wheel: Path, name: str) -> str:
 def test_the_wheel_carries_every_recipe_and_the_checkpoint_byte_for_byte(wheel: Path) -> None:
     data = ROOT / "llmcompress" / "data"
     expected = {f"llmcompress/configs/{p.name}": p for p in (ROOT / "configs").glob("*.yaml")}
+    expected |= {f"llmcompress/eval/{p.name}": p for p in (ROOT / "eval").iterdir() if p.is_file()}
     templates = ROOT / "llmcompress" / "pages" / "templates"
     expected |= {p.relative_to(ROOT).as_posix(): p for d in (data, templates) for p in d.rglob("*") if p.is_file()}
     assert "llmcompress/configs/models.yaml" in expected
+    assert "llmcompress/eval/blimp_local.yaml" in expected
     assert "llmcompress/data/tiny-llama/model.safetensors" in expected
     with zipfile.ZipFile(wheel) as archive:
         for name, path in expected.items():
@@ -69,7 +71,7 @@ def test_the_wheel_carries_the_program_and_nothing_else(wheel: Path) -> None:
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "llmcompress").rglob("*.py")}
     assert {n for n in names if n.endswith(".py")} == modules
-    beside = ("llmcompress/configs/", "llmcompress/data/", "llmcompress/pages/templates/")
+    beside = ("llmcompress/configs/", "llmcompress/data/", "llmcompress/eval/", "llmcompress/pages/templates/")
     assert all(n.startswith(beside) for n in names - modules)
 
 
