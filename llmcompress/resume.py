@@ -263,7 +263,8 @@ def _words(error: BaseException) -> str:
 
 
 def _scheme(tree: dict[str, Any]) -> Scheme:
-    return Scheme(**{name: None if grid is None else QuantGrid(**grid) for name, grid in tree.items()})
+    grids = {name: QuantGrid(**grid) for name, grid in tree.items() if grid is not None}
+    return Scheme(**grids)
 
 
 def _plain(value: Any) -> Any:

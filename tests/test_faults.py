@@ -66,7 +66,8 @@ def at_the_second_block(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], o
 
     def first_this(walk: Walk, group: Any, *rest: Any) -> Any:
         if group.name.startswith("model.layers.1.") and not happened:
-            happened.append(happens())
+            happened.append(group)
+            happens()
         return serve(walk, group, *rest)
 
     monkeypatch.setattr(Walk, "_serve", first_this)
