@@ -77,11 +77,11 @@ def draw_tokens(source: Source, samples: int, progress: Progress) -> tuple[Tenso
     if samples and o.calibration == "self":
         wanted.append((samples, o.length, o.seed))
     elif samples:
-        rows = _read_rows(source)
+        rows = token_rows(o.calibration_rows, source.folder, trust_remote_code=o.trust_remote_code)
     if o.evaluate and o.eval_text is None:
         wanted.append((HELD_OUT_SAMPLES, o.length, o.seed + HELD_OUT_SEED))
     elif o.evaluate:
-        eval_rows = _read_eval_rows(source, str(o.eval_text))
+        eval_rows = evaluation_rows(str(o.eval_text), source.folder, o.length, trust_remote_code=o.trust_remote_code)
     if wanted:
         total = sum(count * length for count, length, _ in wanted)
         with progress.phase("sampling the model", total, "token") as advance:
@@ -312,16 +312,6 @@ class Run:
             },
             "sha256": writer.hashes,
         }
-
-
-def _read_rows(source: Source) -> Tensor:
-    o = source.options
-    return token_rows(o.calibration_rows, source.folder, trust_remote_code=o.trust_remote_code)
-
-
-def _read_eval_rows(source: Source, text: str) -> Tensor:
-    o = source.options
-    return evaluation_rows(text, source.folder, o.length, trust_remote_code=o.trust_remote_code)
 
 
 def _json(tree: object) -> str:
