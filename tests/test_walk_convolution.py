@@ -44,6 +44,10 @@ class Toy:
         self.dense = {name: p.clone() for name, p in self.model.named_parameters()}
         self.checkpoint = SimpleNamespace(dtype=torch.float32, read=lambda names: {n: self.dense[n] for n in names})
         self.disk_name = lambda name: name
+        self.device, self.dtype = "cpu", torch.float32
+        self.routers, self.expert_layers, self.cuts = set(), (), {}
+        self.expert_layer = lambda name: ""
+        self.merges_expert = lambda name: False
         self.load_block = self.release_block = lambda index: None
         self.release_embeddings = lambda: None
 
