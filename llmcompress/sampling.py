@@ -66,7 +66,7 @@ def self_samples(
     dtype = dtype or _default_dtype(folder, config, device)
     _require_memory(folder, config, dtype, min(batch, len(wanted)), longest, device)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = _loaded(folder, dtype, trust_remote_code)
     model = model.to(device).eval()
     rows: list[Tensor] = []
     for start in range(0, len(wanted), batch):
@@ -75,6 +75,16 @@ def self_samples(
     gc.collect()
     drawn = iter(rows)
     return [torch.stack([next(drawn) for _ in range(count)]) for count, _, _ in requests]
+
+
+def _loaded(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except Exception as error:  # transformers checks little: what does not fit raises whatever it runs into
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"transformers cannot load this model: {said}", str(folder), "check its files") from error
 
 
 def check_length(config: Any, length: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from llmcompress.core.grid import QuantGrid
@@ -138,7 +139,7 @@ def _check_card(folder: Path, figures: Mapping[str, float], verdict: Verdict) ->
         data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
         results: list[EvalResult] = data.get("eval_results") or []
         found = {r.metric_type: r.metric_value for r in results if r.metric_type in figures}
-    except (ValueError, OSError, TypeError, AttributeError) as error:
+    except (ValueError, OSError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as error:
         verdict.fail("card", _CARD, f"its metadata cannot be read: {str(error)[:120]}")
         return
     for kind, value in figures.items():

@@ -365,8 +365,6 @@ def test_a_folder_of_another_program_is_verified_as_far_as_it_goes(
     assert found.compressed and not found.verdict.wrong
     assert found.verdict.held["scales"] == 14 and len(found.matrices) == 16
     assert any("no record" in said for said in found.verdict.unchecked)
-    if weights["type"] == "float":
-        assert any("input groups" in said for said in found.verdict.unchecked)
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors[f"{UP}.weight_scale"][0] = float("nan")
