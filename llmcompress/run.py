@@ -231,8 +231,11 @@ class Run:
                 report.blocks = copy_model(dense, writer)
             return {}
         recipe = self._searched(dense, tokens, work, report)
+        o = self.options
         walk = Walk(
-            dense, recipe, tokens, replay=self.options.low_memory, phases=self.phases, progress=self.progress
+            dense, recipe, tokens, replay=o.low_memory or o.offload_activations,
+            offload=work.folder / "waiting" if o.offload_activations else None,
+            phases=self.phases, progress=self.progress,
         )  # fmt: skip
         report.calibration["samples"] = len(walk.tokens)
         keeper = Keeper(walk, writer, work, self.phases)
@@ -289,7 +292,8 @@ class Run:
             stored = {dense.stored_name(name): scheme for name, scheme in schemes.items()}
             linears = [dense.stored_name(name) for name in dense.linears]
             config["quantization_config"] = quantization_config(stored, linears)
-        files = {"config.json": _json(config), "recipe.yaml": self.recipe.to_yaml()}
+        # what the input says stays as it is: Infinity, which some have, and halves of surrogates
+        files = {"config.json": json.dumps(config, indent=2) + "\n", "recipe.yaml": self.recipe.to_yaml()}
         record = self._record(writer, report) | {"command": work.command, "run": self._identity()}
         record["sha256"] |= {name: hashlib.sha256(content.encode()).hexdigest() for name, content in files.items()}
         return files | {RECORD: _json(record)}

@@ -224,7 +224,7 @@ class Fuzzer:
         out, err = io.StringIO(), io.StringIO()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before = resident("VmRSS")
-        signal.setitimer(signal.ITIMER_REAL, SECONDS_EACH)
+        set_timers(SECONDS_EACH)
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 self.watching = True
@@ -235,7 +235,7 @@ class Fuzzer:
             return f"{type(error).__name__} at {innermost()}\n  {str(error)[:200]}"
         finally:
             self.watching = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            set_timers(0)
         return self._judged(arguments, code, err.getvalue(), resident("VmHWM") - before)
 
     def _judged(self, arguments: list[str], code: int, err: str, taken: int) -> str:
@@ -282,6 +282,7 @@ def main() -> int:
     options = parser.parse_args()
     limit_memory()
     signal.signal(signal.SIGALRM, too_long)
+    signal.signal(signal.SIGPROF, too_long)
     with tempfile.TemporaryDirectory() as scratch:
         fuzzer = Fuzzer(Path(scratch).resolve(), options.seed)
         if options.only:
@@ -329,6 +330,12 @@ def limit_memory() -> None:
     torch.set_num_threads(1)
     size = resident("VmSize") + (12 << 30)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def set_timers(seconds: float) -> None:
+    """Of the processor's time, and of the clock's for what waits for something; 0 stops them."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
 
 
 def too_long(*_: object) -> None:
