@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import asdict, dataclass, field
-
-from torch import nn
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 
 from llmcompress.annealing import number_of_moves
 from llmcompress.core.structure import StructuredMethod
 from llmcompress.errors import UserError
+from llmcompress.export.floats import unloadable
 from llmcompress.export.quantized import (
     PACK_QUANTIZED,
     Scheme,
     experts_note,
+    loadable,
     storage_format,
     storage_note,
     stored_bits_per_weight,
@@ -104,6 +104,31 @@ def _plan_search(plan: Plan, moves: int, model: BlockwiseModel, tokens: int) -> 
     )
 
 
+def misfits(recipe: Recipe, model: BlockwiseModel) -> dict[str, str]:
+    """Why a pattern or group of the recipe does not divide the width of a matrix, by its name."""
+    recipe = recipe.sparing(model.routers)
+    found = {}
+    for view in _matrices(model):
+        reasons = [misfit for method in recipe.methods if (misfit := method.misfit(view.shape[1]))]
+        if reasons and recipe.targets(view.name):
+            found[view.name] = reasons[0]
+    return found
+
+
+def without_misfits(recipe: Recipe, model: BlockwiseModel) -> tuple[Recipe, list[str]]:
+    """The recipe for the matrices it fits, and a warning for each of the others."""
+    found = misfits(recipe.blockwise, model)
+    spared = replace(recipe, exclude=(*recipe.exclude, *_patterns(found, model))) if found else recipe
+    return spared, [f"{name}: left dense, {misfit}" for name, misfit in found.items()]
+
+
+def _patterns(names: Collection[str], model: BlockwiseModel) -> list[str]:
+    """What names these matrices alone, as short as can be: ``*.down_proj`` where all of that name are among them."""
+    kept = {view.name.rpartition(".")[2] for view in _matrices(model) if view.name not in names}
+    kinds = {name: name.rpartition(".")[2] for name in names}
+    return sorted({name if kind in kept else f"*.{kind}" for name, kind in kinds.items()})
+
+
 def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int]]:
     """Names and shapes (out, in) of the matrices a recipe will compress.
 
@@ -112,50 +137,29 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int
     """
     recipe = recipe.sparing(model.routers)
     views = [view for view in _matrices(model) if recipe.targets(view.name)]
-    for view in views:
-        for method in recipe.methods:
-            if misfit := method.misfit(view.shape[1]):
-                last = view.name.rpartition(".")[2]
-                raise UserError(misfit, view.name, f"""or leave it dense: --set 'targets.exclude=["*.{last}"]'""")
+    for name, misfit in misfits(recipe, model).items():
+        raise UserError(misfit, name, "or leave such matrices dense: --on-misfit skip")
     for method in recipe.methods:
         if misfit := method.misfit_blocks(len(model.blocks)):
             raise UserError(misfit, f"recipe {recipe.name}: {method.stage}", "give one value per block")
-    scheme = _scheme(recipe)
-    linears = [view.module for view in views if not unsupported(type(view.module))]
-    if scheme and linears and storage_format(scheme) == PACK_QUANTIZED and _misses_packed(model, views):
+    scheme = _scheme(recipe, model)
+    if scheme and not model.unpacks and storage_format(scheme).endswith(PACK_QUANTIZED):
         raise UserError("transformers cannot load packed weights of this architecture", type(model.model).__name__,
-                        "let the inputs be rounded too: --set quantize.activations=int8")  # fmt: skip
+                        "use another grid, such as int4-g128")  # fmt: skip
     for method in recipe.methods if views else ():
         if misnamed := method.misnamed([view.name for view in views if not unsupported(type(view.module))]):
             raise UserError(misnamed, type(model.model).__name__, "write the pattern of its name, such as '*.query'")
+    if (grid := recipe.grid) and (why := unloadable(grid, model.checkpoint.dtype)):
+        raise UserError(why, f"recipe {recipe.name}: quantize", "use fp8, or a bfloat16 checkpoint")
     if not views:
         raise UserError("no matrix is targeted", f"recipe {recipe.name}", "widen targets.include or targets.exclude")
     return {view.name: view.shape for view in views}
 
 
-def _misses_packed(model: BlockwiseModel, views: list[MatrixView]) -> bool:
-    """Whether the network's own initialization, which runs when it is loaded, fails on a Linear that has no ``weight``
-    but a packed one, as Falcon's does."""
-    names = {view.name for view in views}
-    for block in (model.blocks[0], model.blocks[-1]):
-        twin = copy.deepcopy(block.module)
-        for name, module in twin.named_modules(prefix=block.name):
-            if name in names and isinstance(module, nn.Linear):
-                module._parameters = {key: p for key, p in module._parameters.items() if key != "weight"}
-        for module in twin.modules():
-            try:
-                if not hasattr(module, "visits_all"):  # its stacked tensors are not there, packed or not
-                    model.model._init_weights(module)
-            except AttributeError as error:
-                if "weight" in str(error):
-                    return True
-    return False
-
-
 def estimate_size(model: BlockwiseModel, recipe: Recipe, removed: float = 0.0) -> int:
     """Predicted bytes of the result's tensors, if a share ``removed`` of the blocks' weights is gone beforehand."""
     saved, recipe = 0.0, recipe.sparing(model.routers)
-    scheme, dtype = _scheme(recipe), model.checkpoint.dtype
+    scheme, dtype = _scheme(recipe, model), model.checkpoint.dtype
     for view in _matrices(model) if scheme else ():
         if scheme and recipe.targets(view.name) and not unsupported(type(view.module)):
             rows, columns = view.shape
@@ -164,17 +168,18 @@ def estimate_size(model: BlockwiseModel, recipe: Recipe, removed: float = 0.0) -
     return model.checkpoint.size_bytes - int(saved) - int(removed * (matrices - saved))
 
 
-def _scheme(recipe: Recipe) -> Scheme | None:
+def _scheme(recipe: Recipe, model: BlockwiseModel) -> Scheme | None:
     """How matrices will be stored; None if they are not quantized."""
     steps = [method for method in recipe.methods if method.stage == "quantize"]
     if not steps or not recipe.grid:
         return None
     activations = getattr(steps[-1], "activations", None)
-    return Scheme(recipe.grid, activations, activations if getattr(steps[-1], "quantize_outputs", ()) else None)
+    outputs = activations if getattr(steps[-1], "quantize_outputs", ()) else None
+    return loadable(Scheme(recipe.grid, activations, outputs), model.unpacks)
 
 
 def _notes(recipe: Recipe, model: BlockwiseModel) -> list[str]:
-    scheme = _scheme(recipe)
+    scheme = _scheme(recipe, model)
     if scheme is None:
         return []
     refused = {unsupported(type(view.module)) for view in _matrices(model) if recipe.targets(view.name)} - {""}

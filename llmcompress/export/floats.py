@@ -25,6 +25,13 @@ _EXPONENT_BIAS = 127
 _SCALE_DTYPES = {"nvfp4": E4M3, "mxfp4": torch.uint8}
 
 
+def unloadable(grid: QuantGrid, dtype: torch.dtype) -> str:
+    """Why loaders could not run a model of this dtype with weights on this grid; empty if they can."""
+    if grid.kind in _SCALE_DTYPES and dtype != torch.bfloat16:
+        return f"compressed-tensors widens {grid.kind} weights to bfloat16, which a model of {dtype} cannot multiply"
+    return ""
+
+
 def pack_floats(kind: str, codes: Tensor, levels: Levels, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one Linear by their name within it.
 
