@@ -1,9 +1,9 @@
 """What lm-eval's tasks say about a model, with intervals, and beside a reference item by item.
 
-The value of a metric is lm-eval's own. Its interval comes from resampling items. Where every item is right or wrong,
-two models are compared by McNemar's exact test on the items that one has right and the other wrong; other metrics by a
-paired permutation test over items. p values of one table are adjusted by Holm's method before a difference is called
-one."""
+The value of a metric is lm-eval's own. Its interval is Wilson's for shares of items, elsewhere a bootstrap. Where every
+item is right or wrong, two models are compared by McNemar's exact test on the items that one has right and the other
+wrong; other metrics by a paired permutation test over items. p values of one table are adjusted by Holm's method before
+a difference is called one."""
 
 from __future__ import annotations
 
@@ -225,6 +225,8 @@ def _interval(
     weights = _weights(row, strata)
     if weights is None:
         return none
+    if len(set(weights)) == 1 and all(np.isin(values, (0, 1)).all() for values in strata):
+        return statistics.share_interval(sum(int(values.sum()) for values in strata), row.items)
     draws: Floats = np.zeros(statistics.RESAMPLES)
     for values, weight in zip(strata, weights, strict=True):
         if np.isin(values, (0, 1)).all():  # a resample of 0s and 1s is a binomial draw

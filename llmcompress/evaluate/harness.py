@@ -1,4 +1,5 @@
-"""lm-eval's tasks on a model in memory, through its Python API.
+"""lm-eval's tasks on a model in memory, through its Python API: what its ``simple_evaluate`` does, less the report on
+the machine, for which it starts other programs.
 
 Requests are batched by what fits, not by a fixed number: sequences come sorted by length, and a batch holds as many as
 ``LOGITS`` allows of the longest."""
@@ -7,40 +8,72 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmcompress.progress import Progress
+from llmcompress.progress import Advance, Progress
 
 #: logits of one batch held at a time
 LOGITS = 2**26
-_MAX_BATCH = 64
+_MAX_BATCH = 128
 
 
 class HarnessModel(HFLM):
-    """lm-eval's wrapper around a transformers model that is in memory already, quiet, with batches of its own.
+    """lm-eval's wrapper around a transformers model that is in memory already, with batches and progress of its own.
 
     Args:
         model: in evaluation mode.
         tokenizer: of the model.
         max_length: longest input; the model's positions if None.
+        progress: where sequences are counted.
+        name: of the model, for the progress bar.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, max_length: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, max_length: int | None, progress: Progress, name: str
+    ) -> None:
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size="auto", max_length=max_length
         )
-        self.advance: Callable[[int], None] = lambda sequences: None
+        self._progress, self._name = progress, name
+        self._advance: Advance = lambda sequences: None
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations."""
+        with self._counted("choices", len(requests)):
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            return found
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts."""
+        with self._counted("texts", None):
+            found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+            return found
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations."""
+        with self._counted("answers", None):
+            found: list[str] = super().generate_until(requests, disable_tqdm=True)
+            return found
+
+    @contextmanager
+    def _counted(self, what: str, total: int | None) -> Iterator[None]:
+        with self._progress.phase(f"{self._name}, {what}", total, "sequence") as advance:
+            self._advance = advance
+            yield
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         logits: Tensor = super()._model_call(inps, attn_mask, labels)
-        self.advance(len(inps))
+        self._advance(len(inps))
         return logits
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
@@ -71,18 +104,23 @@ def run_tasks(
 
     Args:
         tasks: task and group objects, as `llmcompress.evaluate.catalogue.load_tasks` gives them.
+        manager: that loaded them.
         limit: items per task, from the first; all if None.
+        max_length: longest input, in tokens; the model's positions if None.
+        seed: of the examples in prompts, and of whatever a task draws.
         name: of the model, for the progress bar.
     """
-    quiet = io.StringIO()
-    with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
-        wrapped = HarnessModel(model, tokenizer, max_length)
-    with progress.phase(f"tasks, {name}", None, "sequence") as advance, torch.no_grad():
-        wrapped.advance = advance
-        with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
-            found = simple_evaluate(
-                model=wrapped, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True,
-                random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-            )  # fmt: skip
+    loaded = manager.load(tasks)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    quiet = io.StringIO()  # lm-eval's own bars and warnings
+    with contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet), torch.no_grad():
+        wrapped = HarnessModel(model, tokenizer, max_length, progress, name)
+        found = evaluate(wrapped, loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     assert found is not None  # only other processes than the first get None
     return dict(found)

@@ -113,8 +113,9 @@ def _notes(found: Evaluation) -> list[str]:
         lines.append(
             f"limited to the first {o['limit']} windows of a text and items of a task: not comparable with whole ones"
         )
-    units = sorted({text.unit + "s" for text in found.texts} | ({"items"} if found.tasks else set()))
-    lines.append(f"intervals: bootstrap over {' and '.join(units)}, seed {o['seed']}")
+    ways = [f"bootstrap over {unit}s, seed {o['seed']}" for unit in sorted({text.unit for text in found.texts})]
+    ways += ["Wilson's for accuracies"] if found.tasks else []
+    lines.append(f"intervals: {'; '.join(ways)}")
     if found.reference is not None:
         tests = ["a paired permutation test for perplexity"] if found.texts else []
         tests += ["McNemar's for accuracies, adjusted by Holm"] if found.tasks else []

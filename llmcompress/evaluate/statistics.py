@@ -1,9 +1,10 @@
 """How sure a figure is, and whether two models differ by more than chance.
 
 Intervals are percentile bootstraps: units (windows, documents, items) are drawn with replacement, and the figure is
-computed from each draw. Log losses of two models are compared by a paired sign-flip permutation test, accuracies by
-McNemar's exact test; where many comparisons stand in one table, Holm's step-down keeps the chance of any false one
-below the level. Everything random comes from a generator that is passed in."""
+computed from each draw; shares of right answers have Wilson's interval. Log losses of two models are compared by a paired
+sign-flip permutation test, accuracies by McNemar's exact test; where many comparisons stand in one table, Holm's
+step-down keeps the chance of any false one below the level. Everything random comes from a generator that is passed
+in."""
 
 from __future__ import annotations
 
@@ -51,6 +52,12 @@ def interval(draws: Floats) -> tuple[float, float] | None:
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def share_interval(hits: int, trials: int) -> tuple[float, float]:
+    """Wilson's interval of a share: what a bootstrap of 0s and 1s tends to, but of use at none and at all as well."""
+    found = binomtest(hits, trials).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def paired_permutation(differences: Floats, generator: np.random.Generator) -> float:

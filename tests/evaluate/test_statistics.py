@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from llmcompress.evaluate import statistics
-from llmcompress.evaluate.statistics import holm, interval, mcnemar, paired_permutation, resampled_sums, verdict
+from llmcompress.evaluate.statistics import (
+    holm,
+    interval,
+    mcnemar,
+    paired_permutation,
+    resampled_sums,
+    share_interval,
+    verdict,
+)
 
 
 def random(seed: int) -> np.random.Generator:
@@ -77,6 +85,16 @@ def test_the_drawn_permutation_test_tends_to_the_exact_one(monkeypatch: pytest.M
 def test_the_permutation_test_calls_noise_a_difference_as_rarely_as_it_says() -> None:
     p = [paired_permutation(random(trial).standard_t(3, 12), random(0)) for trial in range(500)]
     assert 0.02 <= np.mean(np.array(p) < 0.05) <= 0.08
+
+
+def test_the_interval_of_a_share_is_wilsons_and_never_empty() -> None:
+    z, n, p = stats.norm.ppf(0.975), 50, 12 / 50
+    middle, half = (
+        (p + z * z / 2 / n) / (1 + z * z / n),
+        z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2),
+    )
+    assert share_interval(12, 50) == pytest.approx((middle - half, middle + half))
+    assert share_interval(0, 3)[1] > 0.5 and share_interval(3, 3)[0] < 0.5
 
 
 def test_equal_losses_are_no_difference() -> None:

@@ -22,6 +22,7 @@ from llmcompress.evaluate.accuracy import TaskQuality, task_qualities
 from llmcompress.evaluate.harness import HarnessModel
 from llmcompress.evaluate.result import Evaluation
 from llmcompress.evaluate.tasks import Wanted, local_tasks, parse_tasks
+from llmcompress.progress import Progress
 from llmcompress.resources import eval_dir
 from tests.architectures import tiny_folder
 
@@ -179,7 +180,11 @@ def test_many_comparisons_need_a_smaller_p() -> None:
 
 def test_batches_hold_as_much_as_fits(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrapped = HarnessModel(
-        AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint), 64
+        AutoModelForCausalLM.from_pretrained(checkpoint),
+        AutoTokenizer.from_pretrained(checkpoint),
+        64,
+        Progress(),
+        "tiny",
     )
     monkeypatch.setattr(harness, "LOGITS", wrapped.vocab_size * 100)
     requests = [(("", ""), [0] * 9, [0] * 11), (("", ""), [0], [0])]
