@@ -31,6 +31,7 @@ def text(groups: list[Ranked]) -> str:
     for number, group in enumerate(groups):
         apart = [f"apart from the first group: {'; '.join(_apart(groups, number))}"] if number else []
         parts.append("\n".join([group.judged, *apart, aligned(table(group))]))
+        parts += [aligned([[*row, ""] for row in further])] if (further := judged_table(group)) else []
     return "\n\n".join(parts)
 
 
@@ -55,6 +56,17 @@ def _called(result: Result) -> str:
     """Its name, and the recipe where that does not say it."""
     recipe = result.report.recipe
     return result.name if recipe in result.name else f"{result.name} ({recipe})"
+
+
+def judged_table(group: Ranked) -> list[list[str]]:
+    """Head and one row a figure that evaluations of at least two results found alike; nothing if there is none."""
+    figures = {item.same: item for result in group.results for item in result.judged}
+    rows = []
+    for same, item in figures.items():
+        values = [next((j.value for j in r.judged if j.same == same), None) for r in group.results]
+        if sum(value is not None for value in values) > 1:
+            rows.append([item.what, *("-" if value is None else item.text(value) for value in values)])
+    return [["evaluated", *(f"#{number + 1}" for number in range(len(group.results)))], *rows] if rows else []
 
 
 def frontiers(group: Ranked, number: int) -> list[str]:
@@ -87,6 +99,7 @@ def compare_page(groups: list[Ranked]) -> str:
                 "judged": group.judged,
                 "apart": _apart(groups, number),
                 "table": table(group),
+                "further": judged_table(group),
                 "pictures": _pictures(group, number),
                 "missing": [r.name for r in group.results if not r.speeds],
                 "machine": next((r.machine for r in group.results if r.speeds), ""),
@@ -115,6 +128,7 @@ def _plain(group: Ranked, number: int, result: Result) -> dict[str, Any]:
         "kl_divergence": r.kl_divergence,
         "kl_stderr": r.kl_stderr,
         "top1_agreement": r.top1_agreement,
+        "evaluation": {item.what: item.value for item in result.judged},
         "tokens_per_second": {kind: speed.after for kind, speed in result.speeds.items()},
         "frontier": frontiers(group, number),
     }

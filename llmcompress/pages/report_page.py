@@ -51,6 +51,7 @@ class ReportPage:
             report=report,
             tiles=_tiles(report),
             headline=[*report.headline(), *_speed_rows(result)],
+            judged=[item.cells() for item in result.judged],
             advice=advice(report),
             warnings=[line.removeprefix("warning: ") for line in grouped_warnings(report.to_dict()["warnings"])],
             maps=_maps(report),

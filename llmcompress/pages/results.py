@@ -1,5 +1,5 @@
 """What a compressed folder says about itself, read back: ``report.json``, and beside it what there is of
-``recipe.yaml``, the command in ``llmcompress.json``, and ``bench.json``.
+``recipe.yaml``, the command in ``llmcompress.json``, ``bench.json`` and ``evaluation.json``.
 
 ``bench.json`` is a JSON object with speeds measured on the folder. Read are ``machine`` (a string: processor, threads,
 runtime; speeds of different machines are not compared) and, under ``tokens_per_second``, ``decode`` and ``prefill``,
@@ -8,12 +8,13 @@ each a mapping of ``after`` and, where it was measured too, ``before`` (the dens
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import UserError
 from llmcompress.export.destination import RECORD
+from llmcompress.pages.evaluations import EVALUATION, Judgement, judgements
 from llmcompress.report import Report
 
 BENCH = "bench.json"
@@ -40,6 +41,7 @@ class Result:
         command: the command line that made it; empty if it is not known.
         speeds: by what they are of, see SPEEDS.
         machine: on which they were measured.
+        judged: what an evaluation found later, on other texts and tasks.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Result:
     command: str = ""
     speeds: dict[str, Speed] = field(default_factory=dict)
     machine: str = ""
+    judged: list[Judgement] = field(default_factory=list)
 
 
 def read_result(folder: str | Path) -> Result:
@@ -75,6 +78,7 @@ def read_result(folder: str | Path) -> Result:
         str(record.get("command", "")),
         speeds,
         machine,
+        _read_evaluation(folder / EVALUATION),
     )
 
 
@@ -91,12 +95,9 @@ def read_results(folders: list[str]) -> list[Result]:
     found = [read_result(folder) for folder in folders]
     names = [result.name for result in found]
     return [
-        Result(
-            str(Path(folder)) if names.count(r.name) > 1 else r.name,
-            r.report, r.recipe, r.command, r.speeds, r.machine,
-        )
+        replace(r, name=str(Path(folder))) if names.count(r.name) > 1 else r
         for folder, r in zip(folders, found, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _read_bench(file: Path) -> tuple[dict[str, Speed], str]:
@@ -114,6 +115,14 @@ def _read_bench(file: Path) -> tuple[dict[str, Speed], str]:
             )
         speeds[kind] = Speed(after, before)
     return speeds, str(bench.get("machine", ""))
+
+
+def _read_evaluation(file: Path) -> list[Judgement]:
+    content = _object(file)
+    try:
+        return judgements(content) if content else []
+    except ValueError as error:
+        raise UserError(_one_line(error), str(file), "evaluate again, or remove it") from None
 
 
 def _positive(value: Any) -> bool:

@@ -135,6 +135,7 @@ def test_the_command_prints_a_table_and_writes_a_page(tmp_path: Path, monkeypatc
         (["compare", "good", "--output", "empty"], "folder"),
         (["compare", "good", "--output", "no/such/file.html"], "cannot be written"),
         (["compare", "benched"], "bench.json"), (["report", "empty"], "report.json"),
+        (["report", "judged"], "evaluation.json"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(arguments, said, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -145,6 +146,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, tmp_path: Path, 
     (write(tmp_path / "benched", example()) / "bench.json").write_text(
         '{"tokens_per_second": {"decode": {"after": -1}}}'
     )
+    (write(tmp_path / "judged", example()) / "evaluation.json").write_text('{"texts": [{}], "tasks": []}')
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "report.json").write_text("{}")
     assert main(arguments) == 2
