@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.core.grid import Levels, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup
-from llmcompress.export.quantized import Scheme, pack, stored_bits_per_weight, unsupported
+from llmcompress.export.quantized import Scheme, loadable, pack, stored_bits_per_weight, unsupported
 from llmcompress.model.fold import NormFold
 from llmcompress.model.groups import InputGroup
 from llmcompress.model.load import BlockwiseModel
@@ -142,7 +142,7 @@ class Outcome:
 
     def _commit_matrix(self, view: MatrixView, matrix: Matrix, work: MatrixGroup) -> None:
         if matrix.quantized is not None and not unsupported(type(view.module)):
-            scheme = Scheme(matrix.quantized.grid, work.activations, matrix.outputs)
+            scheme = loadable(Scheme(matrix.quantized.grid, work.activations, matrix.outputs), self.model.unpacks)
             self.codes[view.name] = StoredCodes(matrix.quantized, scheme, work.activation_levels)
             stored = matrix.weight
         else:

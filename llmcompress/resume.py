@@ -193,14 +193,11 @@ class Workplace:
                 shutil.rmtree(folder)
         return found
 
-    def save_returned(self, index: int, returned: Sequence[Sequence[object]]) -> None:
-        """Writes what the block before block ``index`` returned to each forward of each lane."""
+    def save_returned(self, index: int, lane: int, number: int, value: object) -> None:
+        """Writes what the block before block ``index`` returned to a forward of a lane."""
         folder = self._entering(index)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for lane, values in enumerate(returned):
-            for number, value in enumerate(values):
-                save_value(folder / f"{lane}-{number:05d}.safetensors", value)
+        folder.mkdir(exist_ok=True)
+        save_value(folder / f"{lane}-{number:05d}.safetensors", value)
 
     def returned(self, index: int, lanes: int, device: str) -> list[Sequence[object]]:
         """What `save_returned` wrote."""
@@ -263,8 +260,7 @@ def _words(error: BaseException) -> str:
 
 
 def _scheme(tree: dict[str, Any]) -> Scheme:
-    grids = {name: QuantGrid(**grid) for name, grid in tree.items() if grid is not None}
-    return Scheme(**grids)
+    return Scheme(**{name: QuantGrid(**part) if isinstance(part, dict) else part for name, part in tree.items()})
 
 
 def _plain(value: Any) -> Any:

@@ -9,14 +9,15 @@ were chosen, never rounded again. The container of a matrix follows from its sch
 | W8 with activations; W4 with 8-bit activations   | `int-quantized`  | one byte         | transformers, vLLM          |
 | other symmetric weights with activations (W6A6)  | `pack-quantized` | its bits         | transformers                |
 | asymmetric weights, any bits                     | `int-quantized`  | one byte         | transformers                |
+| weights only, where the model cannot be unpacked | `int-quantized`  | one byte         | transformers                |
 | fp8 weights, with or without fp8 activations     | `float-quantized`| one byte         | transformers, vLLM          |
 | nvfp4, mxfp4 weights only                        | `nvfp4-pack-quantized`, `mxfp4-pack-quantized` | 4 bits | both |
 
-The last row is a limit of the readers: packed zero points of compressed-tensors 0.20 do not load in transformers 5.23,
-which expects them unpacked and stops at a size mismatch; ``storage_note`` says so to the user. Where a block flattens
-(batch, token) into rows before a matrix, as OPT does before its MLP, transformers takes one activation scale for all
-rows instead of one per token; served models and this program's own reading do not. Only ``nn.Linear`` can
-be quantized in this format (``unsupported``); other modules are to be stored with their rounded values, dense."""
+Asymmetric codes: packed zero points of compressed-tensors 0.20 do not load in transformers 5.23, which expects them
+unpacked and stops at a size mismatch; ``storage_note`` says so to the user. Where a block flattens (batch, token) into
+rows before a matrix, as OPT does before its MLP, transformers takes one activation scale for all rows instead of one
+per token; served models and this program's own reading do not. Only ``nn.Linear`` can be quantized in this format
+(``unsupported``); other modules are to be stored with their rounded values, dense."""
 
 from __future__ import annotations
 
@@ -67,11 +68,13 @@ class Scheme:
         weights: grid of the weight.
         activations: grid of its input; None leaves the input alone.
         outputs: grid of its output, dynamic; None leaves the output alone.
+        packs: False where transformers cannot load packed codes, whatever the grid: they then take a byte each.
     """
 
     weights: QuantGrid
     activations: QuantGrid | None = None
     outputs: QuantGrid | None = None
+    packs: bool = True
 
     def stored(self) -> Scheme:
         """What of the scheme a checkpoint records: not the observer, which only chose the scales."""
@@ -92,12 +95,17 @@ def storage_format(scheme: Scheme) -> str:
     weights, activations = scheme.weights, scheme.activations
     if weights.kind != "int":
         return FLOAT_FORMATS[weights.kind]
-    if not weights.symmetric:
+    if not (weights.symmetric and scheme.packs):
         return INT_QUANTIZED
     if activations is None:
         return PACK_QUANTIZED
     served = weights.bits == 8 or (weights.bits == 4 and activations.bits == 8)
     return INT_QUANTIZED if served else PACK_QUANTIZED
+
+
+def loadable(scheme: Scheme, unpacks: bool) -> Scheme:
+    """The scheme as it has to be stored where transformers cannot load packed codes."""
+    return replace(scheme, packs=False) if not unpacks and storage_format(scheme) == PACK_QUANTIZED else scheme
 
 
 def storage_bits(scheme: Scheme) -> int:
@@ -124,6 +132,8 @@ def storage_note(scheme: Scheme) -> str:
     if stored == bits:
         return ""
     why = "as int8 kernels expect" if scheme.weights.symmetric else "since packed zero points cannot be reloaded"
+    if not scheme.packs:
+        why = "since transformers cannot load packed weights of this architecture; nor can vLLM load them so"
     return f"{bits}-bit weights of this scheme take {stored} bits each on disk, {why}"
 
 
@@ -267,7 +277,8 @@ def _own_scheme(group: QuantizationScheme) -> Scheme:
             f"format {container} is not read", "quantization_config", f"known: {', '.join(READABLE_FORMATS)}"
         )
     grids = (args and _own_grid(args) for args in (group.input_activations, group.output_activations))
-    return Scheme(_own_grid(group.weights), *grids)
+    scheme = Scheme(_own_grid(group.weights), *grids)
+    return loadable(scheme, unpacks=container != INT_QUANTIZED)
 
 
 def _own_grid(args: QuantizationArgs) -> QuantGrid:

@@ -6,6 +6,7 @@ under other names load too."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class BlockwiseModel:
         blocks: in order.
         dtype: floating dtype of the arithmetic; stored weights are converted to it.
         schemes: of quantized matrices by module name; empty for a dense checkpoint.
+        unpacks: whether transformers can load packed weights of this architecture.
         routers: names of the matrices that choose between experts.
         expert_layers: names of the modules that hold experts.
         cuts: by parameter name, where it lies in a tensor that holds all experts.
@@ -63,6 +65,7 @@ class BlockwiseModel:
             unstack(layer, names.stacked(layer))
         self.source_names, self.cuts = names.by_parameter, names.cuts
         self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
+        self.unpacks = not any(_init_fails(self.model, block.module) for block in (self.blocks[0], self.blocks[-1]))
         self.schemes = self._read_schemes()
         self.input_levels: dict[str, Levels] = {}
         self._require_complete()
@@ -124,11 +127,15 @@ class BlockwiseModel:
             if module is not None:
                 release(module)
 
-    def start_forwards(self, batches: list[Tensor], head: bool = False) -> list[SuspendedForward]:
+    def start_forwards(
+        self, batches: list[Tensor], head: bool = False,
+        kind: Callable[[Callable[[], Any]], SuspendedForward] = SuspendedForward,
+    ) -> list[SuspendedForward]:  # fmt: skip
         """One forward of the whole model per (B, T) batch of token ids, each waiting at the first block.
 
         Args:
             head: go on to the logits after the last block, (B, T, V); otherwise the result is None.
+            kind: what makes the forwards.
         """
 
         self.load_rest(head)
@@ -143,7 +150,7 @@ class BlockwiseModel:
 
             return run
 
-        forwards = [SuspendedForward(forward_of(ids)) for ids in batches]
+        forwards = [kind(forward_of(ids)) for ids in batches]
         for forward in forwards:
             forward.resume()
         return forwards
@@ -283,6 +290,21 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: boo
             f"transformers cannot build this model: {' '.join(str(error).split())[:300] or type(error).__name__}",
             str(checkpoint.folder), "check config.json; custom code needs --trust-remote-code",
         ) from error  # fmt: skip
+
+
+def _init_fails(network: PreTrainedModel, block: nn.Module) -> bool:
+    """Whether the network's own initialization, which runs when it is loaded, trips over Linears without a weight."""
+    twin = copy.deepcopy(block)
+    for linear in (module for module in twin.modules() if isinstance(module, nn.Linear)):
+        linear._parameters = {key: p for key, p in linear._parameters.items() if key != "weight"}
+    for module in twin.modules():
+        try:
+            if not hasattr(module, "visits_all"):  # its stacked tensors are not there, packed or not
+                network._init_weights(module)
+        except AttributeError as error:
+            if "weight" in str(error):
+                return True
+    return False
 
 
 def release(module: nn.Module) -> None:
