@@ -200,7 +200,7 @@ class Report:
             aligned(_kinds(self.blocks)),
             "\n".join(self._cost()),
             "\n".join(grouped_warnings(self.to_dict()["warnings"])),
-            f"written to {self.output}" if self.output else "",
+            f"written to {self.output}; its report.html shows where it was lost" if self.output else "",
         ]
         return "\n\n".join(part for part in parts if part)
 
