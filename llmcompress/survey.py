@@ -3,6 +3,8 @@ folds into the norm that wrote it. Only one block is in memory at a time."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -50,14 +52,27 @@ def group_lines(blocks: Mapping[str, list[PlannedGroup]]) -> list[str]:
     lines: list[str] = []
     told: dict[str, list[str]] = {}
     for block, groups in blocks.items():
-        told.setdefault("\n".join(_describe(block, g) for g in groups), []).append(block)
+        told.setdefault("\n".join(_described(block, groups)), []).append(block)
     for description, names in told.items():
         span = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)} blocks)"
         lines += [span, description]
     return lines
 
 
-def _describe(block: str, group: PlannedGroup) -> str:
-    short = [name.removeprefix(block + ".") for name in group.matrices]
-    dense = [name.removeprefix(block + ".") + " (left dense)" for name in group.left_dense]
-    return f"  {', '.join(short + dense):58s} {group.width:6d} inputs   smoothing {group.fold}"
+def _described(block: str, groups: list[PlannedGroup]) -> list[str]:
+    """A line per group, one for those that differ in numbers only, as experts do."""
+    kinds: Counter[tuple[str, int, str]] = Counter()
+    firsts: dict[tuple[str, int, str], str] = {}
+    for group in groups:
+        own = ", ".join(
+            [name.removeprefix(block + ".") for name in group.matrices]
+            + [name.removeprefix(block + ".") + " (left dense)" for name in group.left_dense]
+        )
+        kind = re.sub(r"\.\d+(?=\.|$|,)", ".*", own), group.width, group.fold
+        kinds[kind] += 1
+        firsts.setdefault(kind, own)
+    lines = []
+    for (names, width, fold), number in kinds.items():
+        own = firsts[names, width, fold] if number == 1 else f"{names} ({number} times)"
+        lines.append(f"  {own:58s} {width:6d} inputs   smoothing {fold}")
+    return lines

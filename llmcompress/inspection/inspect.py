@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from llmcompress.arithmetic import choose_dtype
 from llmcompress.errors import UserError
 from llmcompress.export.destination import RECORD
+from llmcompress.export.quantized import experts_note
 from llmcompress.inspection.claims import (
     check_grids,
     check_report,
@@ -109,8 +110,8 @@ def inspect(
     found.compressed |= bool(checkpoint.config.get("quantization_config"))
     check_total_size(folder, found.size_bytes, verdict)
     advance("transformers")
-    _load_as_others_do(checkpoint, trust_remote_code, verdict)
     model = _skeleton(checkpoint, trust_remote_code, verdict)
+    _load_as_others_do(checkpoint, model, trust_remote_code, verdict)
     recipe = read_recipe(folder, record, verdict) if record is not None else None
     claims = read_claims(record, recipe, verdict) if record is not None else {}
     _inspect_tensors(found, checkpoint, model, claims, recipe, advance)
@@ -184,9 +185,17 @@ def _check_record(found: Inspection, folder: Path, record: dict[str, Any], claim
             verdict.fail("record", f"{RECORD}: pattern", error.what)
 
 
-def _load_as_others_do(checkpoint: Checkpoint, trust_remote_code: bool, verdict: Verdict) -> None:
+def _load_as_others_do(
+    checkpoint: Checkpoint, model: BlockwiseModel | None, trust_remote_code: bool, verdict: Verdict
+) -> None:
     """Whether plain transformers finds a tensor of the right shape for every parameter. Nothing is read into memory."""
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "compressed-tensors")
+    if model is not None:
+        stacked = {experts_note(s) for name, s in model.schemes.items() if model.merges_expert(name)} - {""}
+        if stacked:
+            verdict.skip(f"whether transformers loads it: {'; '.join(sorted(stacked))}")
+            return
+    said = checkpoint.config.get("quantization_config")
+    method = said.get("quant_method", "compressed-tensors") if isinstance(said, dict) else "compressed-tensors"
     if checkpoint.config.get("auto_map") and not trust_remote_code:
         verdict.skip(
             "whether transformers loads it: it comes with code of its own, and --trust-remote-code is not given"
