@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from llmcompress.core.grid import QuantGrid
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.errors import UserError
 from llmcompress.export.card import metrics
 from llmcompress.export.destination import RECORD
+from llmcompress.export.quantized import Scheme
 from llmcompress.inspection.figures import MatrixFigures
 from llmcompress.inspection.files import read_json
-from llmcompress.inspection.stored import StoredMatrix, is_own, own_grid
 from llmcompress.inspection.values import Claim
 from llmcompress.inspection.verdict import Verdict
 from llmcompress.recipe import Recipe
@@ -62,25 +62,21 @@ def read_recipe(folder: Path, record: Mapping[str, Any], verdict: Verdict) -> Re
     return recipe
 
 
-def check_grids(recipe: Recipe, matrices: list[StoredMatrix], claims: Mapping[str, Claim], verdict: Verdict) -> None:
-    """quantization_config against the recipe: bits, symmetry and grouping of weights and inputs."""
+def check_grids(recipe: Recipe, schemes: Mapping[str, Scheme], claims: Mapping[str, Claim], verdict: Verdict) -> None:
+    """The schemes that quantization_config gives the matrices against the recipe: grids of weights and inputs."""
     steps = [m for m in recipe.methods if m.stage == "quantize"]
-    if not steps:
-        for matrix in matrices:
-            if matrix.scheme is not None:
-                verdict.fail("config", matrix.name, "is quantized, though the recipe does not quantize")
+    if not steps or recipe.grid is None:
+        for name in schemes:
+            verdict.fail("config", name, "is quantized, though the recipe does not quantize")
         return
-    inputs = getattr(steps[-1], "activations", None)
-    for matrix in matrices:
-        if matrix.scheme is None or not is_own(matrix.scheme):
+    wanted = Scheme(recipe.grid, getattr(steps[-1], "activations", None)).stored()
+    for name, scheme in schemes.items():
+        if name not in claims:
+            verdict.fail("record", name, f"is quantized, but {RECORD} does not list it")
             continue
-        if matrix.name not in claims:
-            verdict.fail("record", matrix.name, f"is quantized, but {RECORD} does not list it")
-            continue
-        found = (_spoken(own_grid(matrix.scheme)), _inputs(matrix))
-        wanted = (_spoken(recipe.grid), None if inputs is None else (inputs.bits, inputs.symmetric, inputs.dynamic))
-        what = f"quantization_config has {found[0]}, inputs {found[1]}; the recipe {wanted[0]}, inputs {wanted[1]}"
-        verdict.require(found == wanted, "config", matrix.name, what)
+        found = replace(scheme, outputs=None).stored()
+        what = f"quantization_config has {_spoken(found)}; the recipe {_spoken(wanted)}"
+        verdict.require(found == wanted, "config", name, what)
 
 
 def check_report(
@@ -161,15 +157,14 @@ def _pattern(record: Mapping[str, Any], verdict: Verdict) -> Sparsity | None:
         return None
 
 
-def _spoken(grid: QuantGrid | None) -> str:
-    if grid is None:
-        return "no grid"
-    return f"{grid.bits} bits per {grid.group}" + ("" if grid.symmetric else ", asymmetric")
+def _spoken(scheme: Scheme) -> str:
+    return f"weights {_fields(scheme.weights)}, inputs {_fields(scheme.activations)}"
 
 
-def _inputs(matrix: StoredMatrix) -> tuple[int, bool, bool] | None:
-    inputs = matrix.scheme.input_activations if matrix.scheme else None
-    return None if inputs is None else (inputs.num_bits, inputs.symmetric, bool(inputs.dynamic))
+def _fields(grid: object) -> str:
+    if not is_dataclass(grid):
+        return "as they are"
+    return " ".join(f"{f.name}={getattr(grid, f.name)}" for f in fields(grid) if f.name != "observer")
 
 
 def _name(record: Mapping[str, Any]) -> object:

@@ -153,8 +153,10 @@ def _inspect_tensors(
             found.matrices.append(figures)
     for name in sorted(claims.keys() - {m.name for m in matrices}):
         verdict.fail("record", name, f"{RECORD} lists it, but no tensor holds it")
-    if recipe is not None:
-        check_grids(recipe, matrices, claims, verdict)
+    if recipe is not None and model is not None:
+        check_grids(recipe, model.schemes, claims, verdict)
+    elif recipe is not None:
+        verdict.skip("quantization_config against the recipe: the model cannot be built")
     _note_dense_grids(matrices, claims, recipe, verdict)
     seen = {name for matrix in matrices for name in matrix.parts.values()}
     for name in checkpoint.tensors:

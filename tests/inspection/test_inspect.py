@@ -37,6 +37,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "jsq-plus": (),
     "gptq-w3a16": ("quantize.weights=int3-g16",),
     "smoothquant-w6a6": (),
+    "fp8-dynamic": (),
+    "fp8-static": (),
 }
 ASYMMETRIC, PER_TENSOR, STATIC = "int8-asym", "int8-tensor", "static inputs"
 FURTHER: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -112,7 +114,9 @@ def test_an_untouched_folder_of_every_recipe_passes(made: Callable[..., Path], n
     assert not found.verdict.wrong and not [u for u in found.verdict.unchecked if "README" not in u]
     held = found.verdict.held
     assert held["hashes"] == 5 and held["zeros"] == held["bits"] == held["record"] == 14 and held["transformers"]
-    assert held["second opinion"] == (14 if (made(name) / "config.json").read_text().count("num_bits") else 0)
+    quantized = json.loads((made(name) / "config.json").read_text()).get("quantization_config")
+    assert held["second opinion"] == (14 if quantized and not name.startswith("fp8") else 0)
+    assert held["config"] >= (14 if quantized else 0)
     assert len(found.blocks) == 2 and all(len(groups) == 4 for groups in found.blocks.values())
 
 
@@ -248,8 +252,12 @@ CONFIGS: list[tuple[str, Callable[[Any], object], str]] = [
     ("gptq-w4a16", lambda c: weights_of(c).update(num_bits=8), "8-bit codes of 32 × 32 take (32, 8) int32"),
     ("gptq-w4a16", lambda c: weights_of(c).update(group_size=8), "a scale per group of 8 is (32, 4), found (32, 2)"),
     ("jsq", lambda c: weights_of(c).update(num_bits=4), ""),
-    ("jsq-plus-w4a8-2of4", lambda c: weights_of(c).update(num_bits=8), "has 8 bits per 16"),
-    ("jsq", lambda c: c["quantization_config"]["config_groups"]["group_0"].update(input_activations=None), "inputs No"),
+    ("jsq-plus-w4a8-2of4", lambda c: weights_of(c).update(num_bits=8), "has weights bits=8"),
+    (
+        "jsq",
+        lambda c: c["quantization_config"]["config_groups"]["group_0"].update(input_activations=None),
+        "inputs as they are",
+    ),
     ("jsq", lambda c: c["quantization_config"].update(ignore=[]), "is missing"),
     ("jsq", lambda c: c["quantization_config"]["ignore"].append(f"re:{UP}$"), "leaves the matrix dense"),
     ("jsq", lambda c: c.pop("quantization_config"), "leaves the matrix dense"),
