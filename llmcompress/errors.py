@@ -38,6 +38,6 @@ class Fault(UserError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """The fix for a misspelt name: the nearest known one, then all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}known: {', '.join(known)}"

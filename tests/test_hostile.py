@@ -112,6 +112,15 @@ def test_yaml_that_grows_or_runs_is_refused(tmp_path: Path, content: str) -> Non
     assert answered(lambda: Recipe.load("jsq", [f"prune.sparsity={content[:5000]}"]))
 
 
+NINES = "9" * 10_000
+
+
+@pytest.mark.parametrize("value", ["int" + NINES, "int4-g" + NINES, NINES + ":4", "1e9999", "x" * 10**6])
+def test_numbers_without_end_are_one_line(value: str) -> None:
+    assert answered(lambda: Recipe.from_tree({"stages": [{"quantize": {"weights": value}}]}, "own"))
+    assert answered(lambda: Recipe.from_tree({"stages": [{"prune": {"sparsity": value}}]}, "own"))
+
+
 @FEW
 @given(st.text(), st.text(), st.text())
 def test_an_error_is_one_printable_line_whatever_it_is_about(what: str, where: str, fix: str) -> None:

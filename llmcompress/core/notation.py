@@ -67,7 +67,7 @@ def _check_float(grid: QuantGrid, where: str) -> None:
 def _parse_words(text: str, where: str) -> dict[str, object]:
     """``int4-g128-asym`` as fields."""
     head, *words = text.strip().split("-")
-    if head not in FLOATS and not re.fullmatch(r"int\d+", head):
+    if head not in FLOATS and not re.fullmatch(r"int\d{1,3}", head):
         raise UserError(
             f"'{text}' is no grid", where, "write int8, int4-g128, fp8, or {bits: 6, group: channel, symmetric: true}"
         )
@@ -80,7 +80,7 @@ def _parse_words(text: str, where: str) -> dict[str, object]:
     meanings |= {"dynamic": ("dynamic", True), "mse": ("observer", "mse")}
     meanings |= {name: ("group", name) for name in GROUPINGS}
     for word in words:
-        if re.fullmatch(r"g\d+", word):
+        if re.fullmatch(r"g\d{1,9}", word):
             fields["group"] = int(word[1:])
         elif word in meanings:
             key, meaning = meanings[word]

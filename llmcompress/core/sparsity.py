@@ -33,7 +33,7 @@ class Sparsity:
             UserError: the ratio is outside [0, 1), or not 0 < N < M.
         """
         text = str(value).strip()
-        pattern = re.fullmatch(r"(\d+):(\d+)", text)
+        pattern = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
         if pattern:
             n, m = int(pattern[1]), int(pattern[2])
             if not 0 < n < m:
