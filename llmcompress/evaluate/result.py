@@ -20,8 +20,9 @@
     versions              {package: version}
     command, seconds, seconds_by_phase, peak_memory_bytes
 
-``low`` and ``high`` bound the central 95 % of 2,000 bootstrap resamples, or are Wilson's interval of a share of items;
-what the fields of texts and tasks mean is said in `llmcompress.evaluate.quality` and `llmcompress.evaluate.accuracy`."""
+``low`` and ``high`` bound the central 95 % of 2,000 bootstrap resamples, or are Wilson's interval of a share;
+what the fields of texts and tasks mean is said in `llmcompress.evaluate.quality` and
+`llmcompress.evaluate.accuracy`."""
 
 from __future__ import annotations
 

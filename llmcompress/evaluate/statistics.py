@@ -1,8 +1,8 @@
 """How sure a figure is, and whether two models differ by more than chance.
 
 Intervals are percentile bootstraps: units (windows, documents, items) are drawn with replacement, and the figure is
-computed from each draw; shares of right answers have Wilson's interval. Log losses of two models are compared by a paired
-sign-flip permutation test, accuracies by McNemar's exact test; where many comparisons stand in one table, Holm's
+computed from each draw; shares of right answers have Wilson's interval. Log losses of two models are compared by a
+paired sign-flip permutation test, accuracies by McNemar's exact test; where many comparisons stand in one table, Holm's
 step-down keeps the chance of any false one below the level. Everything random comes from a generator that is passed
 in."""
 
