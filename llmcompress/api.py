@@ -11,7 +11,7 @@ from llmcompress.evaluate.result import Evaluation
 from llmcompress.export.destination import check_output
 from llmcompress.model.locate import short_name
 from llmcompress.options import Options
-from llmcompress.plan import BASE_BYTES, Plan, make_plan
+from llmcompress.plan import BASE_BYTES, Plan, make_plan, without_misfits
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.recover import recovery_bytes
@@ -73,7 +73,11 @@ def plan(
     options = options or Options()
     source, recipe, _ = _prepare(model, recipe, output, options, overrides, force)
     dense = source.open()
+    left_dense: list[str] = []
+    if options.on_misfit == "skip":
+        recipe, left_dense = without_misfits(recipe, dense)
     found = make_plan(dense, recipe, options.samples, options.length)
+    found.notes += left_dense
     if options.recover_steps:
         found.peak_memory_bytes = max(found.peak_memory_bytes, BASE_BYTES + recovery_bytes(dense, options.recover))
     return found

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llmcompress.core.grid import Levels, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup
-from llmcompress.export.quantized import Scheme, loadable, pack, stored_bits_per_weight, unsupported
+from llmcompress.export.quantized import Scheme, experts_note, loadable, pack, stored_bits_per_weight, unsupported
+from llmcompress.model.checkpoint import require_no_overflow
 from llmcompress.model.fold import NormFold
 from llmcompress.model.groups import InputGroup
 from llmcompress.model.load import BlockwiseModel
@@ -127,6 +128,14 @@ class Outcome:
         }
 
     @property
+    def notes(self) -> set[str]:
+        """Who cannot load what was decided."""
+        found = {experts_note(scheme) for name, scheme in self.schemes.items() if self.model.merges_expert(name)}
+        if self.codes and self.model.joins:
+            found.add("transformers cannot load quantized weights of this architecture; vLLM and llmcompress.load can")
+        return found - {""}
+
+    @property
     def schemes(self) -> dict[str, Scheme]:
         """Of the quantized matrices, by module name."""
         return {name: stored.scheme for name, stored in self.codes.items()}
@@ -154,6 +163,7 @@ class Outcome:
                     f"{unsupported(type(view.module))}"
                 )
             stored = matrix.weight.to(self.dtype)
+            require_no_overflow({f"{view.name}.weight": stored})  # or the tokens that go on would be blamed
             self._keep_dense(view, stored)
         if self.in_place:
             if matrix.unrounded is not None:

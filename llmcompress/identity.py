@@ -17,7 +17,7 @@ from llmcompress.options import Options
 from llmcompress.recipe import Recipe
 
 #: options that change how a result is computed and not its bytes
-WITHOUT_EFFECT = frozenset({"low_memory"})
+WITHOUT_EFFECT = frozenset({"low_memory", "offload_activations"})
 _NONE = "nothing"
 
 

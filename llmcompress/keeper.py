@@ -70,11 +70,14 @@ class Keeper:
 
     def _save_returned(self, following: int, returns: Returns) -> None:
         walk = self.walk
-        values = [returns.take(lane.everyone) for lane in walk.lanes]
         if not self._keeps:
             return
         try:
-            self.work.save_returned(following, values)
+            for lane, forwards in enumerate(lane.everyone for lane in walk.lanes):
+                for number, forward in enumerate(forwards):
+                    (value,) = returns.take([forward])
+                    with forward.awake():
+                        self.work.save_returned(following, lane, number, value)
         except UserError as error:
             self._keeps = False
             walk.progress.say(f"if this run is stopped, it has to begin again: {error.what}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from llmcompress.errors import UserError
 from llmcompress.model.groups import InputGroup
 from llmcompress.model.load import BlockwiseModel, micro_batches
-from llmcompress.suspend import BlockPass, Stop
+from llmcompress.suspend import BlockPass, Stop, SuspendedForward
 
 #: rows on which the error of a matrix is measured
 ERROR_ROWS = 256
@@ -25,15 +27,19 @@ class Lane:
         model: its blocks are loaded one at a time.
         tokens: (N, T) int64.
         batch: rows per micro-batch; None for full speed.
+        kind: what makes the forwards.
 
     Attributes:
         everyone: the probe and the micro-batches.
     """
 
-    def __init__(self, model: BlockwiseModel, tokens: Tensor, batch: int | None = None) -> None:
+    def __init__(
+        self, model: BlockwiseModel, tokens: Tensor, batch: int | None = None,
+        kind: Callable[[Callable[[], Any]], SuspendedForward] = SuspendedForward,
+    ) -> None:  # fmt: skip
         self.model = model
         batches = micro_batches(tokens) if batch is None else tokens.split(batch)
-        self.everyone = model.start_forwards([tokens[:1, :PROBE_TOKENS], *batches])
+        self.everyone = model.start_forwards([tokens[:1, :PROBE_TOKENS], *batches], kind=kind)
         self.probe, *self.forwards = self.everyone
 
     def through(self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False) -> BlockPass:

@@ -24,6 +24,9 @@ class Options:
         recover_steps: of training after a structured step, to make up for what it removed; 0 for none.
         recover: ``full`` trains all weights of the blocks, ``lora`` low-rank additions to them, merged at the end.
         low_memory: replay blocks instead of suspending them.
+        offload_activations: keep what travels between blocks on disk, and replay blocks.
+        on_misfit: what becomes of matrices that a pattern or group does not divide: ``refuse`` the run, or ``skip``
+            them, which leaves them dense.
         trust_remote_code: run code that came with the checkpoint.
     """
 
@@ -38,15 +41,19 @@ class Options:
     recover_steps: int = 0
     recover: str = "full"
     low_memory: bool = False
+    offload_activations: bool = False
+    on_misfit: str = "refuse"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         known_values = {
             "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "recover": KINDS,
+            "on_misfit": ("refuse", "skip"),
         }  # fmt: skip
         for key, known in known_values.items():
             if getattr(self, key) not in known:
-                raise UserError(f"unknown '{getattr(self, key)}'", f"--{key}", nearest(getattr(self, key), known))
+                option = f"--{key.replace('_', '-')}"
+                raise UserError(f"unknown '{getattr(self, key)}'", option, nearest(getattr(self, key), known))
         if self.recover_steps < 0:
             raise UserError(f"{self.recover_steps} steps", "--recover-steps", "use 0 or more")
         Calibration(self.calibration, self.samples, self.length, self.seed)  # refuses what makes no rows

@@ -29,7 +29,7 @@ from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.locate import locate
 from llmcompress.options import Options
-from llmcompress.plan import check_fit, estimate_size
+from llmcompress.plan import check_fit, estimate_size, without_misfits
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.recompress import Recompression
@@ -101,6 +101,7 @@ class Run:
 
     def __init__(self, source: Source, recipe: Recipe, options: Options, progress: Progress, command: str) -> None:
         self.source, self.recipe, self.options = source, recipe, options
+        self._asked, self._left_dense = recipe, list[str]()
         self.progress, self.command = progress, command
         self.phases = Phases()
         self._known: dict[str, Any] | None = None
@@ -118,6 +119,8 @@ class Run:
         with Workplace(target, resume, force) as work:
             with self.phases("load"):
                 dense = self.source.open()
+            if self.options.on_misfit == "skip":
+                self.recipe, self._left_dense = without_misfits(self.recipe, dense)
             work.begin(self._identity, self.command, str(target))
             return self._begin(dense, work)
 
@@ -171,7 +174,7 @@ class Run:
             with self.phases("hash"), self.progress.phase("hashing the model", files, "file") as advance:
                 arithmetic = f"{source.dtype} on {source.device}"
                 self._known = identity(
-                    source.name, source.checkpoint, self.recipe, self.options, arithmetic, advance
+                    source.name, source.checkpoint, self._asked, self.options, arithmetic, advance
                 )  # fmt: skip
         return self._known
 
@@ -244,7 +247,7 @@ class Run:
             copy_rest(dense, writer)
         schemes = {name: scheme for block in blocks for name, scheme in block.schemes.items()}
         report.blocks = [block.report for block in blocks]
-        report.warnings += [warning for block in blocks for warning in block.warnings]
+        report.warnings += self._left_dense + [warning for block in blocks for warning in block.warnings]
         report.warnings += sorted({note for s in schemes.values() if (note := storage_note(s))})
         return schemes
 

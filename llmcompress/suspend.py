@@ -83,6 +83,11 @@ class SuspendedForward:
             raise UserError("its forward does not call its blocks one after the other", "model", "it is not supported")
         return self.place.args, self.place.kwargs
 
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """While open, what the forward holds is in memory."""
+        yield
+
     def ahead(self, block: nn.Module) -> SuspendedForward:
         """A forward of its own that runs the ``block`` this one waits at, on the same arguments, and ends with it."""
         args, kwargs = self.call

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,20 +23,22 @@ from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
 from llmcompress.core.profile import channel_peaks, described
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
-from llmcompress.export.quantized import Scheme, experts_note
+from llmcompress.export.quantized import Scheme
 from llmcompress.hidden_states import digest
 from llmcompress.lane import ERROR_ROWS, Lane, require_finite, sample
 from llmcompress.measure import Phases, peak_memory_bytes, release_freed_memory
 from llmcompress.methods.uncalibrated import aimed_at_compressed, without_rows
 from llmcompress.methods.unrounded import keeping_unrounded
+from llmcompress.model.checkpoint import require_no_overflow
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel
+from llmcompress.offload import parked_in
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.rehearsal import Rehearsal, spans
 from llmcompress.report import BlockReport, GroupReport
 from llmcompress.starved import MIN_EXPERT_ROWS, Starved
-from llmcompress.suspend import AtMatrix, BlockPass, Rounding, gates
+from llmcompress.suspend import AtMatrix, BlockPass, Rounding, SuspendedForward, gates
 
 #: what `BlockPass.arrivals` gives
 Arrivals = Iterator[tuple[int, list[AtMatrix]]]
@@ -64,6 +67,7 @@ class Walk:
         recipe: what to do.
         tokens: (N, T) int64 calibration rows.
         replay: run blocks from their start to each group instead of suspending them: less memory, same result.
+        offload: folder for the hidden states of forwards that wait in front of a block; None keeps them in memory.
         phases: where the time went.
         progress: told of blocks and matrices as they come.
 
@@ -80,10 +84,12 @@ class Walk:
         tokens: Tensor,
         *,
         replay: bool = False,
+        offload: Path | None = None,
         phases: Phases | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.model, self.recipe, self.replay = model, recipe.sparing(model.routers), replay
+        self._kind = SuspendedForward if offload is None else parked_in(offload)
         self.phases = phases or Phases()
         self.progress = progress or Progress(silent=True)
         self.progress.total_blocks = len(model.blocks)
@@ -115,7 +121,7 @@ class Walk:
         models = self.models
         with gates([block.module for model in models for block in model.blocks]):
             with self.phases("forward"):
-                lanes = self.lanes = [Lane(model, self.tokens, self._batch) for model in models]
+                lanes = self.lanes = [Lane(model, self.tokens, self._batch, self._kind) for model in models]
                 for model in models:
                     model.release_embeddings()
                 for lane, values in zip(lanes, returned, strict=True) if start else ():
@@ -168,13 +174,13 @@ class Walk:
         self._serve_unreached(found, groups, passes[0], outcome, finished.report)
         if index + 1 < len(self.model.blocks):
             self._enter_next(lanes, passes[0] if ahead else None, index, groups, outcome)
-        notes = {experts_note(s) for name, s in outcome.schemes.items() if self.model.merges_expert(name)}
-        self.warnings += notes - {"", *self.warnings}
+        self.warnings += outcome.notes - {*self.warnings}
         uncalled = [name for name in found.uncalled if self.recipe.targets(name)]
         self.warnings += [f"{name}: left dense, the block reads its weight without calling it" for name in uncalled]
         self.warnings += [*self._starved.warnings(), *outcome.warnings]
         with self.phases("pack"):
             finished.tensors, finished.schemes = outcome.tensors(index), outcome.schemes
+            require_no_overflow(finished.tensors)
         return finished
 
     def _enter_next(

@@ -30,6 +30,8 @@ def run(arguments: Sequence[str]) -> int:
         recover_steps=options.recover_steps,
         recover=options.recover,
         low_memory=options.low_memory,
+        offload_activations=options.offload_activations,
+        on_misfit=options.on_misfit,
         trust_remote_code=options.trust_remote_code,
     )
     if options.dry_run:
@@ -79,6 +81,8 @@ def _parser() -> Parser:
         help="change the recipe, e.g. prune.sparsity=2:4",
     )
     add("--output", metavar="DIR", help="folder to write (default: compressed/<model>-<recipe>)")
+    add("--on-misfit", default="refuse", choices=["refuse", "skip"],
+        help="what a pattern or group does not divide: refuse it (default), or leave it dense")  # fmt: skip
     add("--force", action="store_true", help="replace an output folder this program wrote before")
     add("--resume", action="store_true", help="go on with a run that was killed or interrupted")
     add("--dry-run", action="store_true", help="print what would be done, and write nothing")
@@ -110,5 +114,6 @@ def _parser() -> Parser:
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the arithmetic, not of the result")
     add("--low-memory", action="store_true", help="replay blocks instead of suspending them: slower, same result")
+    add("--offload-activations", action="store_true", help="--low-memory, and what travels between blocks on disk")
     add("--trust-remote-code", action="store_true", help="run code that came with the checkpoint")
     return parser

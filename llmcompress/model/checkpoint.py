@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,16 @@ def require_finite(name: str, tensor: Tensor) -> None:
     if not all(math.isfinite(extreme) for extreme in (tensor if tensor.itemsize > 1 else tensor.float()).aminmax()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise UserError(f"{bad} of {tensor.numel()} weights are NaN or infinite", name, "give an undamaged checkpoint")
+
+
+def require_no_overflow(tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError naming the first tensor of finite values that float16 could not hold."""
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float16 and (lost := int((~tensor.isfinite()).sum())):
+            raise UserError(
+                f"{lost} of {tensor.numel()} values are too large for float16, in which the checkpoint is stored", name,
+                "convert the checkpoint to bfloat16",
+            )  # fmt: skip
 
 
 def _read_json(file: Path) -> dict[str, Any]:
