@@ -67,6 +67,7 @@ class Outcome:
         error: largest difference of the logits, as a share of the largest logit.
         share: of the blocks' weights in tensors of two axes or more, what was compressed.
         left: families of what was not.
+        experts: whether it has some that transformers stacks when it loads them.
         stored_dense: matrices that were rounded but stored in floating point.
         reason: why it was refused, or transformers could not load it.
     """
@@ -76,6 +77,7 @@ class Outcome:
     share: float = 0.0
     left: list[str] = field(default_factory=list)
     stored_dense: int = 0
+    experts: bool = False
     reason: str = ""
 
 
@@ -114,6 +116,7 @@ def _judge(source: Path, out: Path, report: Report) -> Outcome:
     schemes = BlockwiseModel(Checkpoint(out), torch.float32).schemes
     stored_dense = len([m for m in report.matrices if m.name not in schemes])
     outcome = Outcome(SAME, share=share, left=left, stored_dense=stored_dense)
+    outcome.experts = any(dense.merges_expert(name) for name in schemes)
     try:
         outcome.error = _distance(_ours(out), _plain(out))
     except (RuntimeError, ValueError) as error:
@@ -242,7 +245,8 @@ def _cell(outcome: dict[str, object], notes: dict[str, int]) -> str:
     verdict = str(outcome["verdict"])
     said = [str(outcome["reason"])] if verdict == REFUSED else []
     if verdict == DECODED:
-        said.append("transformers cannot load experts stored in one byte a weight")
+        why = "experts stored in one byte a weight" if outcome["experts"] else "quantized weights of this architecture"
+        said.append(f"transformers cannot load {why}; `llmcompress.load` can")
     if outcome["stored_dense"]:
         said.append("some matrices are rounded but stored in floating point: Conv1D, or experts that lie stacked")
     marks = [str(notes.setdefault(note, len(notes) + 1)) for note in said]

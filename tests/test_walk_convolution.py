@@ -44,7 +44,7 @@ class Toy:
         self.dense = {name: p.clone() for name, p in self.model.named_parameters()}
         self.checkpoint = SimpleNamespace(dtype=torch.float32, read=lambda names: {n: self.dense[n] for n in names})
         self.disk_name = lambda name: name
-        self.device, self.dtype, self.unpacks = "cpu", torch.float32, True
+        self.device, self.dtype, self.unpacks, self.joins = "cpu", torch.float32, True, False
         self.routers, self.expert_layers, self.cuts = set(), (), {}
         self.expert_layer = lambda name: ""
         self.merges_expert = lambda name: False

@@ -6,7 +6,6 @@ under other names load too."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from llmcompress.export.quantized import Scheme, schemes_of, unpack, unpack_acti
 from llmcompress.model.blocks import find_blocks
 from llmcompress.model.checkpoint import Checkpoint, require_finite
 from llmcompress.model.experts import StackedLinear, find_experts, find_routers, unstack
+from llmcompress.model.initialization import unpacks
 from llmcompress.model.names import QUANTIZED_SUFFIXES, SourceNames, split_quantized
 from llmcompress.model.plausible import BoundedFactories, require_plausible
 from llmcompress.suspend import SuspendedForward
@@ -48,6 +48,7 @@ class BlockwiseModel:
         unpacks: whether transformers can load packed weights of this architecture.
         routers: names of the matrices that choose between experts.
         expert_layers: names of the modules that hold experts.
+        joins: whether some of its parameters are joined from several tensors.
         cuts: by parameter name, where it lies in a tensor that holds all experts.
         input_levels: of static input grids by module name, for blocks loaded so far.
     """
@@ -64,8 +65,9 @@ class BlockwiseModel:
         for layer in experts:
             unstack(layer, names.stacked(layer))
         self.source_names, self.cuts = names.by_parameter, names.cuts
+        self.joins = any(len(sources) > 1 for sources in self.source_names.values())
         self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
-        self.unpacks = not any(_init_fails(self.model, block.module) for block in (self.blocks[0], self.blocks[-1]))
+        self.unpacks = unpacks(self.model, [self.blocks[0].module, self.blocks[-1].module])
         self.schemes = self._read_schemes()
         self.input_levels: dict[str, Levels] = {}
         self._require_complete()
@@ -93,14 +95,18 @@ class BlockwiseModel:
         block = self.blocks[index]
         self.schemes |= schemes
         for name, _ in list(block.module.named_parameters()):
-            module, _, attribute = f"{block.name}.{name}".rpartition(".")
-            source = self.source_names.get(f"{module}.{attribute}")
+            parameter = f"{block.name}.{name}"
+            module, _, attribute = parameter.rpartition(".")
+            sources = self.source_names.get(parameter)
             if module in schemes and attribute == "weight":
-                stem = self.disk_name(f"{module}.weight").removesuffix("weight")
+                stem = (parameter if parameter in self.cuts else self.disk_name(parameter)).removesuffix("weight")
                 value = self._unpack(module, {s[len(stem) :]: t for s, t in tensors.items() if s.startswith(stem)})
-            elif source:
-                cut, stored = self.cuts.get(f"{module}.{attribute}"), tensors[source[0]]
-                value = self._in_working_dtype(stored if cut is None else cut.view(stored).clone())
+            elif parameter in tensors:
+                value = self._in_working_dtype(tensors[parameter])
+            elif sources:
+                value = torch.cat([tensors[source] for source in sources]) if len(sources) > 1 else tensors[sources[0]]
+                cut = self.cuts.get(parameter)
+                value = self._in_working_dtype(value if cut is None else cut.view(value).clone())
             else:  # tied to another one
                 continue
             self._put(module, attribute, value)
@@ -219,11 +225,14 @@ class BlockwiseModel:
                 if name in tied:
                     continue
                 raise UserError("the checkpoint lacks this weight", name, "give a complete checkpoint")
-            info, cut = self.checkpoint.tensors[self.source_names[name][0]], self.cuts.get(name)
-            if cut and cut.fits(info.shape, tuple(parameter.shape)):
+            found, cut = [self.checkpoint.tensors[source] for source in self.source_names[name]], self.cuts.get(name)
+            info, shape = found[0], found[0].shape
+            if len(found) > 1:
+                shape = (sum(part.shape[0] for part in found), *shape[1:])
+            if cut and cut.fits(shape, tuple(parameter.shape)):
                 continue
-            if info.shape != tuple(parameter.shape):
-                shapes = f"has the shape {info.shape}, config.json says {tuple(parameter.shape)}"
+            if shape != tuple(parameter.shape):
+                shapes = f"has the shape {shape}, config.json says {tuple(parameter.shape)}"
                 raise UserError(shapes, name, "give the config.json that belongs to the weights")
             if not info.dtype.is_floating_point:
                 raise UserError(f"stored as {info.dtype}", name, "give the dense checkpoint")
@@ -245,9 +254,11 @@ class BlockwiseModel:
         setattr(owner, attribute, nn.Parameter(value.to(self.device), requires_grad=False))
 
     def _read_one(self, name: str) -> Tensor:
-        source, cut = self.source_names[name][0], self.cuts.get(name)
+        sources, cut = self.source_names[name], self.cuts.get(name)
+        source = sources[0]
         if cut is None:
-            value = self.checkpoint.read([source])[source]
+            parts = self.checkpoint.read(sources)
+            value = torch.cat([parts[part] for part in sources]) if len(sources) > 1 else parts[source]
         else:
             value = cut.read(lambda first, last: self.checkpoint.read_rows(source, first, last), self._rows(source))
         require_finite(name, value)
@@ -290,21 +301,6 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: boo
             f"transformers cannot build this model: {' '.join(str(error).split())[:300] or type(error).__name__}",
             str(checkpoint.folder), "check config.json; custom code needs --trust-remote-code",
         ) from error  # fmt: skip
-
-
-def _init_fails(network: PreTrainedModel, block: nn.Module) -> bool:
-    """Whether the network's own initialization, which runs when it is loaded, trips over Linears without a weight."""
-    twin = copy.deepcopy(block)
-    for linear in (module for module in twin.modules() if isinstance(module, nn.Linear)):
-        linear._parameters = {key: p for key, p in linear._parameters.items() if key != "weight"}
-    for module in twin.modules():
-        try:
-            if not hasattr(module, "visits_all"):  # its stacked tensors are not there, packed or not
-                network._init_weights(module)
-        except AttributeError as error:
-            if "weight" in str(error):
-                return True
-    return False
 
 
 def release(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 from llmcompress.errors import UserError
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.experts import Cut, ExpertLayer, Stack
+from llmcompress.model.matrix import is_matrix
 
 QUANTIZED_SUFFIXES = (
     "weight_packed",
@@ -39,7 +40,8 @@ class SourceNames:
     """Names on disk.
 
     Attributes:
-        by_parameter: parameter (or ``module.weight_scale`` …) → names on disk.
+        by_parameter: parameter (or ``module.weight_scale`` …) → names on disk: one, or several that are joined along
+            their first axis, in order.
         cuts: of the parameters that are part of a tensor on disk.
     """
 
@@ -83,6 +85,7 @@ class _Matching:
         self.stacks = {name: (layer, stack, bias) for layer in layers for name, stack, bias in layer.parameters()}
         self.names: dict[str, list[str]] = defaultdict(list)
         self.cuts: dict[str, Cut] = {}
+        self.joined: dict[str, dict[int, str]] = defaultdict(dict)
 
     def run(self) -> SourceNames:
         quantized = "quantization_config" in self.checkpoint.config
@@ -96,9 +99,13 @@ class _Matching:
             if target in self.stacks and pattern is None:
                 self._cut(target, source)
                 continue
+            if pattern is not None and self._join(target, source, pattern):
+                continue
             if pattern is not None:
                 target = self._expert(source, stem, target, pattern)
             self.names[target.removesuffix("weight") + suffix if suffix else target].append(source)
+        for target, parts in self.joined.items():
+            self.names[target] = [parts[number] for number in sorted(parts)]
         return SourceNames(dict(self.names), self.cuts)
 
     def _cut(self, target: str, source: str) -> None:
@@ -109,6 +116,21 @@ class _Matching:
                 name = layer.own_name(stack, expert, number, bias)
                 self.names[name].append(source)
                 self.cuts[name] = Cut(stack, expert, layer.experts, number)
+
+    def _join(self, target: str, source: str, pattern: str) -> bool:
+        """Notes a part of a tensor that is not a matrix's and is joined from several along its first axis; False if it
+        is something else."""
+        owner = self.model.get_submodule(target.rpartition(".")[0])
+        if target in self.stacks or is_matrix(owner):
+            return False
+        for converter in self.converters:
+            if isinstance(converter, WeightConverter) and pattern in converter.source_patterns:
+                (operation, *others) = converter.operations
+                if others or not isinstance(operation, Concatenate) or operation.dim != 0:
+                    return False
+                self.joined[target][converter.source_patterns.index(pattern)] = source
+                return True
+        return False
 
     def _expert(self, source: str, stem: str, target: str, pattern: str) -> str:
         """The parameter of one expert, of which ``source`` is the tensor."""
