@@ -36,7 +36,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    wide = example(blocks=40, name="organisation/" + "a-very-long-name-of-a-model-" * 6, experts=3)
+    wide = example(blocks=24, name="organisation/" + "a-very-long-name-of-a-model-" * 6, experts=3)
     speeds = {"decode": Speed(20.0, 10.0)}
     other = example()
     other.kl_divergence = 0.01
@@ -44,7 +44,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     texts = {
         "report": report_page(result(command="python -m llmcompress --model " + "x" * 300)),
         "large": report_page(result(wide)),
-        "hostile": report_page(result(example(name=HOSTILE))),
+        "hostile": report_page(result(example(blocks=1, name=HOSTILE))),
         "compare": compare_page(groups),
     }
     files = {name: folder / f"{name}.html" for name in texts}
