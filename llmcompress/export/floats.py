@@ -102,4 +102,5 @@ def float_grid(args: QuantizationArgs) -> QuantGrid:
             "quantization_config",
             f"use {', '.join(FLOATS)}",
         )
-    return QuantGrid(args.num_bits, True, size or QuantizationStrategy(args.strategy).value, bool(args.dynamic), kind=kind)
+    group = size or QuantizationStrategy(args.strategy).value
+    return QuantGrid(args.num_bits, True, group, bool(args.dynamic), kind=kind)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.errors import UserError, nearest
+from llmcompress.export.sparse import is_packed
 from llmcompress.runtime.assemble import assemble
 from llmcompress.runtime.choose import RUNTIMES, RuntimeSummary, require_kernel
 
@@ -95,6 +96,8 @@ def check_checkpoint(folder: Path) -> list[Path]:
     where = str(folder)
     if not folder.is_dir():
         raise UserError("no such folder", where, "give the folder of a checkpoint")
+    if is_packed(folder):
+        raise UserError("is packed", where, f"unpack it first: python -m llmcompress unpack {where} OUT")
     if not (folder / "config.json").is_file():
         raise UserError("no config.json in it", where, "give the folder of a checkpoint")
     shards = _shards(folder)
