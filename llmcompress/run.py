@@ -9,16 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmcompress.annealing import Annealing, searched, with_ratios
 from llmcompress.arithmetic import choose_device, choose_dtype
 from llmcompress.calibration import Calibration, digest, evaluation_rows, token_rows
+from llmcompress.determinism import determinism, threads_of
 from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.card import model_card
-from llmcompress.export.checkpoint import CheckpointWriter
-from llmcompress.export.companions import COMPANIONS, REMOTE_CODE
+from llmcompress.export.checkpoint import CheckpointWriter, sha256
+from llmcompress.export.companions import COMPANIONS, REMOTE_CODE, companions
 from llmcompress.export.destination import RECORD, check_disk_space, sync
 from llmcompress.export.quantized import Scheme, quantization_config, storage_note
 from llmcompress.hidden_states import kept_bytes
@@ -38,6 +40,7 @@ from llmcompress.report import Report
 from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, removable, restructure
 from llmcompress.resume import KeptBlock, Workplace, folder_of
 from llmcompress.sampling import self_samples
+from llmcompress.savings import savings
 from llmcompress.walk import Walk, samples_needed, warm_up
 
 #: sequences of the model's own samples on which the result is judged if no text is given, and their seed's offset
@@ -151,8 +154,11 @@ class Run:
         with CheckpointWriter(work.output, work.force, source.folder, folder=work.model, finished=finished) as writer:
             start = self._starting_point(dense, tokens, work, report)
             schemes = self._walk(start, tokens, writer, work, kept, report)
+            saved = savings(schemes.values(), self.recipe.sparsity, bool(report.structure))
+            report.savings = [asdict(saving) for saving in saved]
             patterns = COMPANIONS + (REMOTE_CODE if self.options.trust_remote_code else ())
-            writer.seal(self._files(start, schemes, writer, report, work), source.folder, patterns)
+            files = self._files(start, schemes, writer, report, work, patterns)
+            writer.seal(files, source.folder, patterns)
             report.size_bytes = {"before": source.checkpoint.size_bytes, "after": writer.total_bytes}
             if eval_tokens is not None:
                 self._evaluate(dense, Checkpoint(writer.partial), eval_tokens, report)
@@ -172,7 +178,8 @@ class Run:
         if self._known is None:
             files = len(hashed_files(source.checkpoint, self.options))
             with self.phases("hash"), self.progress.phase("hashing the model", files, "file") as advance:
-                arithmetic = f"{source.dtype} on {source.device}"
+                threads = threads_of(self._asked) if source.device == "cpu" else 0
+                arithmetic = f"{source.dtype} on {source.device}" + (f", threads: {threads}" if threads else "")
                 self._known = identity(
                     source.name, source.checkpoint, self._asked, self.options, arithmetic, advance
                 )  # fmt: skip
@@ -284,11 +291,12 @@ class Run:
             versions=versions(),
             calibration=asdict(o.calibration_rows) | {"propagate": self.recipe.propagate},
             evaluation=judged,
+            determinism=determinism(self.recipe, self.source.device, torch.get_num_threads()),
         )
 
     def _files(
         self, dense: BlockwiseModel, schemes: dict[str, Scheme], writer: CheckpointWriter, report: Report,
-        work: Workplace,
+        work: Workplace, patterns: tuple[str, ...],
     ) -> dict[str, str]:  # fmt: skip
         config = dict(dense.checkpoint.config)
         if schemes:
@@ -298,6 +306,8 @@ class Run:
         # what the input says stays as it is: Infinity, which some have, and halves of surrogates
         files = {"config.json": json.dumps(config, indent=2) + "\n", "recipe.yaml": self.recipe.to_yaml()}
         record = self._record(writer, report) | {"command": work.command, "run": self._identity()}
+        copied = companions(self.source.folder, patterns)
+        record["sha256"] |= {file.relative_to(self.source.folder).as_posix(): sha256(file) for file in copied}
         record["sha256"] |= {name: hashlib.sha256(content.encode()).hexdigest() for name, content in files.items()}
         return files | {RECORD: _json(record)}
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from llmcompress import cli, compress
 from llmcompress.api import Options
-from llmcompress.inspection.figures import outlier_ratio
+from llmcompress.inspection.figures import MatrixFigures, outlier_ratio
 from llmcompress.inspection.inspect import inspect
+from llmcompress.inspection.table import block_rows, matrix_rows
 from llmcompress.inspection.table import text as told
 from tests.architectures import tiny_folder
 
@@ -113,14 +114,14 @@ def test_an_untouched_folder_of_every_recipe_passes(made: Callable[..., Path], n
     found = inspect(made(name))
     assert not found.verdict.wrong and not [u for u in found.verdict.unchecked if "README" not in u]
     held = found.verdict.held
-    assert held["hashes"] == 5 and held["zeros"] == held["bits"] == held["record"] == 14 and held["transformers"]
+    assert held["hashes"] == 8 and held["zeros"] == held["bits"] == held["record"] == 14 and held["transformers"]
     quantized = json.loads((made(name) / "config.json").read_text()).get("quantization_config")
     assert held["second opinion"] == (14 if quantized and not name.startswith("fp8") else 0)
     assert held["config"] >= (14 if quantized else 0)
     assert len(found.blocks) == 2 and all(len(groups) == 4 for groups in found.blocks.values())
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "opt", "bloom"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "opt", "bloom", "mixtral", "granitemoe"])
 def test_other_architectures_pass(made: Callable[..., Path], tmp_path: Path, model_type: str) -> None:
     found = inspect(made("jsq", model=tiny_folder(tmp_path / model_type, model_type)))
     assert not found.verdict.wrong
@@ -380,7 +381,32 @@ def test_a_folder_of_another_program_is_verified_as_far_as_it_goes(
     assert wrong(folder)["scales"]
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json", "recipe.yaml", "config.json"])
+def test_any_other_file_that_was_changed_is_found(copied: Callable[..., Path], file: str) -> None:
+    folder = copied("jsq")
+    (folder / file).write_text((folder / file).read_text() + "\n")
+    assert wrong(folder) == {"hashes": [(file, "is not the file that was written (SHA-256)")]}
+
+
 # --- figures and the command ---
+
+
+def figures(block: int, column_outlier: float = 4.0) -> list[MatrixFigures]:
+    names = [f"model.layers.{block}.{kind}" for kind in ("q_proj", "down_proj")]
+    return [
+        MatrixFigures(n, f"model.layers.{block}", (8, 8), 64, 8.0, "int8", 0.5, 32, 4.0, column_outlier) for n in names
+    ]
+
+
+def test_many_blocks_that_are_alike_are_one_row_and_the_odd_one_stands_alone() -> None:
+    rows = block_rows([f for block in range(80) for f in figures(block, 40.0 if block == 33 else 4.0)])
+    assert [row[0] for row in rows] == [
+        "block", "model.layers.0 … 32 (33 blocks, each)", "model.layers.33",
+        "model.layers.34 … 79 (46 blocks, each)", "all",
+    ]  # fmt: skip
+    assert rows[2][-1] == "q_proj column 40, down_proj column 40" and rows[-1][1] == "160"
+    assert len(block_rows([f for block in range(8) for f in figures(block)])) == 10
+    assert len(matrix_rows([f for block in range(80) for f in figures(block)])) == 161
 
 
 def test_the_outlier_ratio_is_the_peak_over_the_root_mean_square() -> None:
