@@ -120,7 +120,9 @@ class Report:
             numbers of those rows, every move with the perplexity of its candidate, the current one and the best so far;
             empty if there was none.
         blocks: in the order of the forward.
+        determinism: what has to be the same for the same bytes.
         warnings: what was skipped or degraded, in plain words.
+        savings: where each is real, rows of `llmcompress.savings`.
         output: the folder that was written.
     """
 
@@ -142,7 +144,9 @@ class Report:
     recovery: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
+    determinism: str = ""
     warnings: list[str] = field(default_factory=list)
+    savings: list[dict[str, str]] = field(default_factory=list)
     output: str = ""
 
     @property
@@ -187,7 +191,8 @@ class Report:
         """
         try:
             content = json.loads(text)
-            known = {f.name: content[f.name] for f in fields(Report)}
+            known = {f.name: content[f.name] for f in fields(Report) if f.name != "savings"}
+            known["savings"] = content.get("savings", [])  # reports of earlier versions have none
             known["blocks"] = [BlockReport.from_dict(block) for block in known["blocks"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a report of this program: {error!r}") from error
@@ -198,6 +203,7 @@ class Report:
         parts = [
             aligned([[f"{self.model}, {self.recipe}", "before", "after", ""], *self.headline()]),
             aligned(_kinds(self.blocks)),
+            "\n".join(saving_lines(self.savings)),
             "\n".join(self._cost()),
             "\n".join(grouped_warnings(self.to_dict()["warnings"])),
             f"written to {self.output}; its report.html shows where it was lost" if self.output else "",
@@ -245,7 +251,18 @@ class Report:
         for name, rows in (("calibrated", self.calibration), ("evaluated", self.evaluation)):
             if rows:
                 lines.append(f"{name} on {rows['source']}: {rows['samples']} × {rows['length']} tokens")
+        if self.determinism:
+            lines.append(f"determinism: {self.determinism}")
         return lines
+
+
+def saving_lines(savings: list[dict[str, str]]) -> list[str]:
+    """Where each saving is real, a line each."""
+    return [
+        f"{s['what']}: on disk {s['disk']}; in memory {s['memory']}; in time on a CPU {s['cpu']}, on a GPU {s['gpu']}; "
+        f"served by {s['server']}"
+        for s in savings
+    ]
 
 
 def _weighted_mean(matrices: list[MatrixReport], attribute: str) -> float | None:

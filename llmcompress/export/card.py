@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from llmcompress.report import Report
 from llmcompress.resources import model_presets
+from llmcompress.savings import COLUMNS, Saving
 from llmcompress.table import bytes_text, figure, grouped_warnings
 
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -36,6 +37,7 @@ def model_card(report: Report, recipe_yaml: str, base_model: str, source: str | 
         "## What it cost and what it bought\n\n" + _figures(report),
         "## Data\n\n" + _data(report),
         f"## How to load it\n\n```python\n{_LOADING}```" + _needs(report),
+        "## Where the savings are real\n\n" + _savings(report),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(report, inherited)),
         f"## How it was made\n\n{_origin(report)}\n\n```yaml\n{recipe_yaml.strip()}\n```",
     ]
@@ -169,6 +171,14 @@ def _data(report: Report) -> str:
 
 def _needs(report: Report) -> str:
     return "\n\nIt takes `pip install transformers compressed-tensors`." if _is_quantized(report) else ""
+
+
+def _savings(report: Report) -> str:
+    """The rows of `llmcompress.savings` as a table."""
+    if not report.savings:
+        return "Nothing was made smaller."
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *(Saving(**saving).cells for saving in report.savings)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _limits(report: Report, inherited: dict[str, Any]) -> list[str]:

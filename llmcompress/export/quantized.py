@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.errors import UserError
 from llmcompress.export.floats import float_args, float_grid, pack_floats, unpack_floats
+from llmcompress.export.levels import pack_levels, unpack_levels
 from llmcompress.export.library import library_schemes
 from llmcompress.export.patterns import name_patterns
 
@@ -200,19 +201,15 @@ def pack(
     grid, levels, codes = scheme.weights, quantized.levels, quantized.codes
     if Scheme(quantized.grid).stored() != Scheme(grid).stored():
         raise ValueError(f"codes of {quantized.grid} under a scheme of {grid}")
-    if codes.dtype != torch.int8 or (
-        grid.kind == "int" and (codes.amin() < grid.range[0] or codes.amax() > grid.range[1])
-    ):
+    low, high = grid.range if grid.kind == "int" else (-128, 127)
+    if codes.dtype != torch.int8 or codes.amin() < low or codes.amax() > high:
         raise ValueError(f"codes outside {grid.range}")
     static = scheme.activations is not None and not scheme.activations.dynamic
     if static != (activations is not None):
         raise ValueError("activation levels belong to static activations, and only to them")
-    if grid.kind == "int":
-        tensors = _pack_codes(codes, scheme) | _pack_levels("weight", grid, levels, dtype)
-    else:
-        tensors = pack_floats(grid.kind, codes, levels, dtype)
+    tensors = _pack_codes(codes, levels, scheme, dtype)
     if activations is not None and scheme.activations is not None:
-        tensors |= _pack_levels("input", scheme.activations, activations, dtype)
+        tensors |= pack_levels("input", scheme.activations, activations, dtype)
     return tensors
 
 
@@ -229,12 +226,12 @@ def unpack(tensors: Mapping[str, Tensor], scheme: Scheme) -> QuantizedWeight:
         codes = torch.cat(parts)
     else:
         codes = tensors["weight"]
-    return QuantizedWeight(codes, _unpack_levels("weight", tensors), scheme.weights)
+    return QuantizedWeight(codes, unpack_levels("weight", tensors), scheme.weights)
 
 
 def unpack_activations(tensors: Mapping[str, Tensor]) -> Levels | None:
     """The static activation levels (1, 1) stored with a Linear; None if it has none."""
-    return _unpack_levels("input", tensors) if "input_scale" in tensors else None
+    return unpack_levels("input", tensors) if "input_scale" in tensors else None
 
 
 def schemes_of(config: Mapping[str, Any], linear_names: Iterable[str]) -> dict[str, Scheme]:
@@ -294,29 +291,11 @@ def _own_grid(args: QuantizationArgs) -> QuantGrid:
     return QuantGrid(args.num_bits, args.symmetric, group, bool(args.dynamic))
 
 
-def _pack_codes(codes: Tensor, scheme: Scheme) -> dict[str, Tensor]:
+def _pack_codes(codes: Tensor, levels: Levels, scheme: Scheme, dtype: torch.dtype) -> dict[str, Tensor]:
+    if scheme.weights.kind != "int":
+        return pack_floats(scheme.weights.kind, codes, levels, dtype)
+    scales = pack_levels("weight", scheme.weights, levels, dtype)
     if storage_format(scheme) == INT_QUANTIZED:
-        return {"weight": codes}
+        return {"weight": codes} | scales
     packed = torch.cat([pack_to_int32(part, scheme.weights.bits) for part in codes.split(_PACKED_ROWS)])
-    return {"weight_packed": packed, "weight_shape": torch.tensor(codes.shape)}
-
-
-def _pack_levels(role: str, grid: QuantGrid, levels: Levels, dtype: torch.dtype) -> dict[str, Tensor]:
-    """``weight_scale`` and, if asymmetric only, ``weight_zero_point``: (out, groups), or (1,) per tensor."""
-    shape = (1,) if grid.group == "tensor" else levels.scale.shape
-    scale = levels.scale.to(dtype)
-    if not torch.equal(scale.float(), levels.scale.float()):
-        raise ValueError(f"{role} scales are not exact in {dtype}: fit the grid with scale_dtype={dtype}")
-    tensors = {f"{role}_scale": scale.reshape(shape)}
-    if grid.symmetric != (levels.zero_point is None):
-        raise ValueError(f"{role} zero points belong to asymmetric grids, and only to them")
-    if levels.zero_point is not None:
-        tensors[f"{role}_zero_point"] = levels.zero_point.to(torch.int8).reshape(shape)
-    return tensors
-
-
-def _unpack_levels(role: str, tensors: Mapping[str, Tensor]) -> Levels:
-    scale, zero = tensors[f"{role}_scale"].float(), tensors.get(f"{role}_zero_point")
-    if scale.dim() < 2:  # per tensor
-        scale, zero = scale.reshape(1, 1), None if zero is None else zero.reshape(1, 1)
-    return Levels(scale, None if zero is None else zero.float())
+    return {"weight_packed": packed, "weight_shape": torch.tensor(codes.shape)} | scales
