@@ -177,7 +177,9 @@ class Fuzzer:
 
         made = self.scratch / "made"
         if not made.exists():
-            assert cli.main([*self._compress(self.sound, "jsq", full=True)[:-2], "--output", str(made)]) == 0
+            with contextlib.redirect_stdout(io.StringIO()):
+                code = cli.main([*self._compress(self.sound, "jsq", full=True)[:-2], "--output", str(made)])
+            assert code == 0
         folder = self.scratch / "input"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(made, folder)

@@ -118,6 +118,7 @@ def inspect(
     if record is not None:
         _check_record(found, folder, record, claims)
     elif found.compressed:
+        _note_foreign(checkpoint.config["quantization_config"], verdict)
         verdict.skip(f"hashes, zeros, masks, recipe and report: no record ({RECORD}) says what they should be")
     if model is not None:
         _send_tokens(found, model, advance)
@@ -185,6 +186,13 @@ def _check_record(found: Inspection, folder: Path, record: dict[str, Any], claim
             check_total_sparsity(record["pattern"], claimed, verdict)
         except UserError as error:
             verdict.fail("record", f"{RECORD}: pattern", error.what)
+
+
+def _note_foreign(config: object, verdict: Verdict) -> None:
+    """What other programs write into quantization_config and this one does not verify."""
+    for key in ("sparsity_config", "kv_cache_scheme", "transform_config"):
+        if isinstance(config, dict) and config.get(key):
+            verdict.skip(f"{key} of quantization_config: {config[key]}")
 
 
 def _load_as_others_do(

@@ -351,7 +351,7 @@ def foreign(checkpoint: Path, folder: Path, weights: dict[str, Any], form: str) 
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "format": form}
     change_json(folder, "config.json", lambda c: c.update(quantization_config={
         "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
-        "ignore": ["lm_head"], "config_groups": {"group_0": group},
+        "ignore": ["lm_head"], "config_groups": {"group_0": group}, "sparsity_config": {"format": "dense"},
     }))  # fmt: skip
     return folder
 
@@ -374,6 +374,7 @@ def test_a_folder_of_another_program_is_verified_as_far_as_it_goes(
     assert found.compressed and not found.verdict.wrong
     assert found.verdict.held["scales"] == 14 and len(found.matrices) == 16
     assert any("no record" in said for said in found.verdict.unchecked)
+    assert any(said.startswith("sparsity_config of") for said in found.verdict.unchecked)
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors[f"{UP}.weight_scale"][0] = float("nan")
