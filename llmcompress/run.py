@@ -26,6 +26,7 @@ from llmcompress.export.quantized import Scheme, quantization_config, storage_no
 from llmcompress.hidden_states import kept_bytes
 from llmcompress.identity import differences, hashed_files, identity
 from llmcompress.keeper import Keeper
+from llmcompress.key_values import key_value_scales
 from llmcompress.measure import Phases, peak_memory_bytes, versions
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
@@ -154,6 +155,10 @@ class Run:
         with CheckpointWriter(work.output, work.force, source.folder, folder=work.model, finished=finished) as writer:
             start = self._starting_point(dense, tokens, work, report)
             schemes = self._walk(start, tokens, writer, work, kept, report)
+            if self.recipe.kv_cache:
+                with self.phases("kv cache"):
+                    writer.add(key_value_scales(start.twin(), tokens))
+                report.warnings.append("the evaluation does not round keys and values")
             saved = savings(schemes.values(), self.recipe.sparsity, bool(report.structure))
             report.savings = [asdict(saving) for saving in saved]
             patterns = COMPANIONS + (REMOTE_CODE if self.options.trust_remote_code else ())
@@ -302,7 +307,7 @@ class Run:
         if schemes:
             stored = {dense.stored_name(name): scheme for name, scheme in schemes.items()}
             linears = [dense.stored_name(name) for name in dense.linears]
-            config["quantization_config"] = quantization_config(stored, linears)
+            config["quantization_config"] = quantization_config(stored, linears, bool(self.recipe.kv_cache))
         # what the input says stays as it is: Infinity, which some have, and halves of surrogates
         files = {"config.json": json.dumps(config, indent=2) + "\n", "recipe.yaml": self.recipe.to_yaml()}
         record = self._record(writer, report) | {"command": work.command, "run": self._identity()}
