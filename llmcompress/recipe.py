@@ -26,7 +26,7 @@ from llmcompress.fields import converted
 from llmcompress.methods import DEFAULT_METHOD, METHODS
 from llmcompress.resources import configs_dir
 
-_TOP_KEYS = ("description", "stages", "targets", "propagate")
+_TOP_KEYS = ("description", "stages", "targets", "propagate", "kv_cache")
 _PROPAGATE = ("compressed", "pruned", "block", "dense")
 _IN_STEP = ("compressed", "pruned")  # modes in which tokens pass each matrix once, behind its predecessors
 #: bytes; the packaged ones have a few hundred
@@ -64,6 +64,7 @@ class Recipe:
             calibrated on what its predecessors produce; its ``pruned`` and smoothed form, not rounded yet; the dense
             ``block``, and then the compressed one, as the papers' code does; or the ``dense`` model.
         description: one line.
+        kv_cache: ``fp8`` to store the scales with which a server keeps keys and values in FP8; empty for none.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     propagate: str = "compressed"
     description: str = ""
+    kv_cache: str = ""
 
     @staticmethod
     def names() -> list[str]:
@@ -113,7 +115,7 @@ class Recipe:
         _known(targets, ("include", "exclude"), f"{where}: targets")
         stages = [_read_stage(entry, where) for entry in tree["stages"]]
         targets = dict(targets)
-        run = {"propagate": tree.get("propagate", "compressed")}
+        run = {"propagate": tree.get("propagate", "compressed"), "kv_cache": tree.get("kv_cache", "")}
         for override in overrides:
             _override(override, stages, targets, run)
         if run["propagate"] not in _PROPAGATE:
@@ -134,6 +136,7 @@ class Recipe:
             _patterns(targets.get("exclude", []), where),
             str(run["propagate"]),
             str(tree.get("description", "")),
+            _kv_cache(run["kv_cache"], built, where),
         )
 
     def to_tree(self) -> dict[str, object]:
@@ -143,6 +146,7 @@ class Recipe:
             "stages": [{s.kind: {"method": s.method_name, **s.options}} for s in self.stages],
             "targets": {"include": list(self.include), "exclude": list(self.exclude)},
             "propagate": self.propagate,
+            **({"kv_cache": self.kv_cache} if self.kv_cache else {}),
         }
 
     def to_yaml(self) -> str:
@@ -278,6 +282,16 @@ def _build_stage(kind: str, options: dict[str, object], where: str) -> Stage:
     if name != "rtn" and any(isinstance(value, QuantGrid) and value.kind != "int" for value in values.values()):
         raise UserError(f"{name} rounds to integers only", where, "use method: rtn")
     return Stage(kind, name, cls(**values), fields)
+
+
+def _kv_cache(value: object, stages: tuple[Stage, ...], where: str) -> str:
+    if value not in ("", "fp8"):
+        raise UserError(
+            f"keys and values cannot be kept as {value}", f"{where}: kv_cache", "write fp8, or leave it out"
+        )
+    if value and not any(stage.kind == "quantize" for stage in stages):
+        raise UserError("needs a quantize stage", f"{where}: kv_cache", "add one, or leave kv_cache out")
+    return str(value)
 
 
 def _known(tree: dict[str, object], known: Iterable[str], where: str) -> None:

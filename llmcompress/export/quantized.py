@@ -146,12 +146,15 @@ def experts_note(scheme: Scheme) -> str:
     return "" if scheme.activations is None else "transformers does not round the inputs of experts; vLLM does"
 
 
-def quantization_config(schemes: Mapping[str, Scheme], all_linears: Iterable[str]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, Scheme], all_linears: Iterable[str], kv_cache: bool = False
+) -> dict[str, Any]:
     """``config.json["quantization_config"]``.
 
     Args:
         schemes: the scheme of each quantized Linear by module name; not empty.
         all_linears: names of every Linear of the model, lm_head and excluded ones included.
+        kv_cache: whether scales of keys and values in FP8 are stored too.
 
     Raises:
         ValueError: ``schemes`` is empty or names something that is not among ``all_linears``.
@@ -178,6 +181,7 @@ def quantization_config(schemes: Mapping[str, Scheme], all_linears: Iterable[str
         format=formats.pop() if len(formats) == 1 else CompressionFormat.mixed_precision.value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,
+        kv_cache_scheme=float_args(QuantGrid(8, group="tensor", kind="fp8")) if kv_cache else None,
     )
     dumped = config.model_dump(mode="json", exclude={"global_compression_ratio", "moe_sparsity_config"})
     # Sparsity has no live container in this format: zeros are stored as ordinary codes.
