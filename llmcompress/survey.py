@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from llmcompress.lane import PROBE_TOKENS
+from llmcompress.measure import release_freed_memory
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import Block, BlockwiseModel
 from llmcompress.suspend import gates
@@ -37,7 +38,9 @@ def survey(model: BlockwiseModel) -> Iterator[tuple[Block, BlockMap]]:
             found = map_block(block, probe.call)
             probe.resume()
             yield block, found
+            del found
             model.release_block(index)
+            release_freed_memory()
 
 
 def planned(group: InputGroup, targeted: Collection[str]) -> PlannedGroup:
