@@ -92,15 +92,7 @@ class Recipe:
         if not path.is_file() or path.stem in _NO_RECIPES:
             fix = "give the path of a YAML file" if path == Path(text) else nearest(text, Recipe.names())
             raise UserError(f"no recipe '{text}'", "--recipe", fix)
-        try:
-            if path.stat().st_size > _LARGEST:
-                raise ValueError(f"more than {_LARGEST >> 20} MiB")
-            tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        except (yaml.YAMLError, ValueError, OverflowError, RecursionError, OSError) as error:
-            raise UserError(
-                f"not readable as YAML: {_one_line(error)}", str(path), "compare with configs/jsq.yaml"
-            ) from None
-        return Recipe.from_tree(tree, path.stem, overrides)
+        return Recipe.from_tree(read_tree(path), path.stem, overrides)
 
     @staticmethod
     def from_tree(tree: object, name: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -195,6 +187,22 @@ class Recipe:
     def targets(self, name: str) -> bool:
         """Whether the matrix of this dotted name is to be compressed."""
         return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
+
+
+def read_tree(path: Path) -> object:
+    """What a recipe's file holds.
+
+    Raises:
+        UserError: not readable as YAML.
+    """
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"more than {_LARGEST >> 20} MiB")
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, OSError) as error:
+        raise UserError(
+            f"not readable as YAML: {_one_line(error)}", str(path), "compare with configs/jsq.yaml"
+        ) from None
 
 
 def parse_value(text: str) -> object:

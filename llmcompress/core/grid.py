@@ -56,7 +56,8 @@ class QuantGrid:
         group: ``tensor``, ``channel`` (a weight's output row), ``token`` (an activation's row), or a number of
             consecutive columns.
         dynamic: activations only: the scale is taken from each input at run time, not from calibration.
-        observer: ``minmax``, or ``mse`` to shrink the range where that lowers the rounding error (weights only).
+        observer: ``minmax``, or ``mse`` to shrink the range where that lowers the rounding error; of static activations
+            also ``percentile``, ``kl`` and ``entropy`` (see `observed_range`).
         kind: ``int``, or small floating-point numbers: a key of `FLOATS`.
     """
 
@@ -93,8 +94,8 @@ class QuantGrid:
             raise UserError(
                 "static scales cannot follow tokens", "activations", "use group: tensor with dynamic: false"
             )
-        if grid.observer != "minmax":
-            raise UserError(f"observer {grid.observer} is for weights", "activations", "use observer: minmax")
+        if grid.observer != "minmax" and grid.dynamic:
+            raise UserError(f"observer {grid.observer} needs a static scale", "activations", "add dynamic: false")
         return grid
 
     @property

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 GROUPINGS = ("tensor", "channel", "token")
 OBSERVERS = ("minmax", "mse")
+INPUT_OBSERVERS = ("minmax", "percentile", "mse", "kl", "entropy")
 _KEYS = ("bits", "symmetric", "group", "dynamic", "observer", "kind")
 
 
@@ -48,8 +49,9 @@ def check(grid: QuantGrid, where: str) -> None:
         raise UserError(f"group size {grid.group}", where, "use a positive number of columns")
     if not isinstance(grid.symmetric, bool) or not isinstance(grid.dynamic, bool):
         raise UserError("symmetric and dynamic are true or false", where)
-    if grid.observer not in OBSERVERS:
-        raise UserError(f"unknown observer '{grid.observer}'", where, nearest(str(grid.observer), OBSERVERS))
+    observers = INPUT_OBSERVERS if where == "activations" else OBSERVERS
+    if grid.observer not in observers:
+        raise UserError(f"unknown observer '{grid.observer}'", where, nearest(str(grid.observer), observers))
 
 
 def _check_float(grid: QuantGrid, where: str) -> None:
@@ -77,7 +79,7 @@ def _parse_words(text: str, where: str) -> dict[str, object]:
         "sym": ("symmetric", True),
         "static": ("dynamic", False),
     }
-    meanings |= {"dynamic": ("dynamic", True), "mse": ("observer", "mse")}
+    meanings |= {"dynamic": ("dynamic", True)} | {name: ("observer", name) for name in INPUT_OBSERVERS}
     meanings |= {name: ("group", name) for name in GROUPINGS}
     for word in words:
         if re.fullmatch(r"g\d{1,9}", word):

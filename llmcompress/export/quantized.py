@@ -79,7 +79,8 @@ class Scheme:
 
     def stored(self) -> Scheme:
         """What of the scheme a checkpoint records: not the observer, which only chose the scales."""
-        return replace(self, weights=replace(self.weights, observer="minmax"))
+        inputs = None if self.activations is None else replace(self.activations, observer="minmax")
+        return replace(self, weights=replace(self.weights, observer="minmax"), activations=inputs)
 
 
 def unsupported(module_type: type[nn.Module]) -> str:

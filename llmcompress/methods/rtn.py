@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from llmcompress.core.grid import QuantGrid, QuantizedWeight
+from llmcompress.core.grid import SHARES, QuantGrid, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup, Method
+from llmcompress.core.observe import observed_range
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
 
@@ -51,8 +52,9 @@ class RTN(Method):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """The range of the inputs, if their scale is fixed in calibration."""
-        static = self.activations is not None and not self.activations.dynamic
-        return frozenset({"low", "high"}) if static else frozenset()
+        if self.activations is None or self.activations.dynamic:
+            return frozenset()
+        return frozenset({"low", "high"} if self.activations.observer == "minmax" else {"rows"})
 
     def misfit(self, columns: int) -> str:
         return self.weights.misfit(columns) or (self.activations.misfit(columns) if self.activations else "")
@@ -84,7 +86,10 @@ def set_activation_grid(group: MatrixGroup, stats: InputStats, grid: QuantGrid |
     grid = grid if group.rounds_inputs else None
     group.activations = grid
     if grid is not None and not grid.dynamic:
-        low, high = stats.low.amin().clamp(max=0), stats.high.amax().clamp(min=0)
+        if grid.observer == "minmax":
+            low, high = stats.low.amin().clamp(max=0), stats.high.amax().clamp(min=0)
+        else:
+            low, high = observed_range(grid, list(stats.iter_rows()), SHARES)
         group.activation_levels = grid.levels(low.view(1, 1), high.view(1, 1), group.matrices[0].scale_dtype)
 
 
