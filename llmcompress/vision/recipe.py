@@ -1,0 +1,252 @@
+"""A recipe for a convolutional network: the stages of any recipe, and what only such networks have.
+
+```yaml
+channels: {importance: l2, ratio: 0.5, multiple: 8}   # whole channels go first
+scores: {score: taylor, scope: global, sparsity: 0.5}  # a mask from gradients or magnitudes over the whole network
+batchnorm: fold                                        # fold, keep or reestimate
+equalize: false                                        # ranges of consecutive layers
+stages: [...]                                          # as in other recipes; may be left out
+bias_correction: true
+```"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from llmcompress.core.sparsity import Sparsity
+from llmcompress.errors import UserError, nearest
+from llmcompress.fields import converted
+from llmcompress.recipe import Recipe, parse_value, read_tree
+from llmcompress.resources import configs_dir
+
+#: steps that need no more of a network than the inputs of its matrices
+METHODS = ("magnitude", "wanda", "sparsegpt", "jsq", "rtn", "gptq")
+_CORE_KEYS = ("stages", "targets", "description")
+
+
+@dataclass(frozen=True)
+class ChannelOptions:
+    """Which channels go.
+
+    Attributes:
+        ratio: share of the channels of every space that goes.
+        importance: how channels are compared (see `llmcompress.vision.importance`).
+        multiple: a space keeps a multiple of so many, unless it has fewer.
+        rounds: one-shot, or so many times a part, importances renewed in between.
+        repair: solve for the weights of the layers that read what is left, by least squares on the calibration images.
+        soft: epochs in which channels chosen anew are zeroed and may grow back, before they go.
+        latency: target as a share of the dense network's measured latency; then ``ratio`` is not used, and every space
+            keeps what an exact allocation gives it.
+    """
+
+    ratio: float = 0.5
+    importance: Literal["l1", "l2", "bn", "taylor", "taylor_bn", "apoz", "thinet", "lasso", "random"] = "l2"
+    multiple: int = 8
+    rounds: int = 1
+    repair: bool = False
+    soft: int = 0
+    latency: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise UserError(f"{self.ratio:g} is outside (0, 1)", "channels.ratio", "write a share such as 0.5")
+        if self.latency is not None and not 0 < self.latency < 1:
+            raise UserError(f"{self.latency:g} is outside (0, 1)", "channels.latency", "write a share such as 0.5")
+        for key in ("multiple", "rounds"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{getattr(self, key)} is not positive", f"channels.{key}", "use 1 or more")
+        if self.soft < 0:
+            raise UserError(f"{self.soft} epochs", "channels.soft", "use 0 or more")
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """A mask decided over the whole network before the walk.
+
+    Attributes:
+        sparsity: a ratio, or N:M.
+        score: ``magnitude`` |w|, ``snip`` |w·g|, ``taylor`` (w·g)², ``obd`` ½ E[g²] w², g from a labelled batch.
+        scope: weights are compared within the whole network, or within each ``layer``.
+    """
+
+    sparsity: Sparsity
+    score: Literal["magnitude", "snip", "taylor", "obd"] = "magnitude"
+    scope: Literal["global", "layer"] = "global"
+
+    def __post_init__(self) -> None:
+        if self.sparsity.m and self.scope == "global":
+            raise UserError(f"{self.sparsity} is the same everywhere", "scores.scope", "use scope: layer")
+
+
+@dataclass(frozen=True)
+class VisionRecipe:
+    """What is done to a convolutional network.
+
+    Attributes:
+        name: of the file, or as given.
+        core: stages and targets; None where there are no stages.
+        channels, scores: see their classes; None to leave out.
+        batchnorm: ``fold`` into the convolutions, ``keep``, or keep and ``reestimate`` on the calibration images.
+        equalize: ranges of consecutive layers (Nagel et al., 2019), after folding.
+        bias_correction: biases take up the mean of what pruning and rounding change.
+        mixed: weight bits to choose from for each layer, and mean bits to meet; None for the same everywhere.
+        description: one line.
+        tree: the mapping it was read from, with overrides.
+    """
+
+    name: str
+    core: Recipe | None
+    channels: ChannelOptions | None = None
+    scores: ScoreOptions | None = None
+    batchnorm: str = "fold"
+    equalize: bool = False
+    bias_correction: bool = True
+    mixed: MixedOptions | None = None
+    description: str = ""
+    tree: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @staticmethod
+    def names() -> list[str]:
+        """The packaged recipes for networks of images."""
+        return sorted(path.stem for path in (configs_dir() / "vision").glob("*.yaml"))
+
+    @staticmethod
+    def load(name_or_file: str | Path, overrides: Iterable[str] = ()) -> VisionRecipe:
+        """Reads a packaged recipe, or a YAML file, with ``stage.key=value`` overrides.
+
+        Raises:
+            UserError: no such recipe, or something in it does not fit.
+        """
+        text = str(name_or_file)
+        path = Path(text) if text.endswith((".yaml", ".yml")) else configs_dir() / "vision" / f"{text}.yaml"
+        if not path.is_file():
+            fix = "give the path of a YAML file" if path == Path(text) else nearest(text, VisionRecipe.names())
+            raise UserError(f"no recipe '{text}'", "--recipe", fix)
+        return VisionRecipe.from_tree(read_tree(path), path.stem, overrides)
+
+    @staticmethod
+    def from_tree(tree: object, name: str, overrides: Iterable[str] = ()) -> VisionRecipe:
+        """Builds a recipe from a mapping."""
+        where = f"recipe {name}"
+        if not isinstance(tree, dict):
+            raise UserError("a recipe is a mapping", where, "compare with configs/vision/int8.yaml")
+        known = [f.name for f in dataclasses.fields(VisionRecipe) if f.name not in ("name", "core", "tree")]
+        for key in tree:
+            if key not in (*known, *_CORE_KEYS):
+                raise UserError(f"unknown key '{key}'", where, nearest(str(key), [*known, *_CORE_KEYS]))
+        tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+        passed = [override for override in overrides if not _taken(override, tree, known)]
+        core = _core(tree, name, where, passed)
+        if core is not None:
+            tree["stages"] = core.to_tree()["stages"]
+        made = {key: _section(kind, tree.get(key), key, where) for key, kind in _SECTIONS.items()}
+        plain = {key: tree[key] for key in ("batchnorm", "equalize", "bias_correction") if key in tree}
+        hints = {"batchnorm": Literal["fold", "keep", "reestimate"], "equalize": bool, "bias_correction": bool}
+        plain = {key: converted(value, hints[key], key, where) for key, value in plain.items()}
+        recipe = VisionRecipe(name, core, **made, **plain, description=str(tree.get("description", "")), tree=tree)  # type: ignore[arg-type]
+        if core is None and recipe.channels is None and recipe.scores is None:
+            raise UserError("does nothing", where, "add stages, channels or scores")
+        if recipe.mixed is not None and (core is None or core.grid is None):
+            raise UserError("mixes bits of a stage that is not there", f"{where}: mixed", "add a stage quantize")
+        return recipe
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that `load` reads back."""
+        return yaml.safe_dump(self.tree, sort_keys=False, allow_unicode=True)
+
+    @property
+    def hash(self) -> str:
+        """First 12 hex digits of the SHA-256 of the recipe's YAML."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:12]
+
+    def targets(self, name: str) -> bool:
+        """Whether the matrix of this dotted name is to be compressed."""
+        return self.core is None or self.core.targets(name)
+
+
+@dataclass(frozen=True)
+class MixedOptions:
+    """Bits for each layer, chosen exactly for the least predicted loss.
+
+    Attributes:
+        mean: bits per weight over all quantized layers, at most.
+        choices: bits to choose from.
+        sensitivity: ``output`` error on the calibration images, or ``hawq``: the trace of the Hessian of the loss
+            times the squared rounding error (Dong et al., 2020, arXiv:1911.03852).
+    """
+
+    mean: float
+    choices: tuple[int, ...] = (2, 3, 4, 6, 8)
+    sensitivity: Literal["output", "hawq"] = "output"
+
+    def __post_init__(self) -> None:
+        if not self.choices or not all(2 <= bits <= 8 for bits in self.choices):
+            raise UserError(f"{list(self.choices)} are no bits to choose from", "mixed.choices", "use 2 to 8")
+        if self.mean < min(self.choices):
+            raise UserError(f"{self.mean:g} is below every choice", "mixed.mean", f"use {min(self.choices)} or more")
+
+
+_SECTIONS = {"channels": ChannelOptions, "scores": ScoreOptions, "mixed": MixedOptions}
+
+
+def _taken(override: str, tree: dict[str, Any], known: list[str]) -> bool:
+    """Applies an override of what is not a stage's; False if it is one's."""
+    path, equals, value = override.partition("=")
+    head, dot, key = path.strip().partition(".")
+    if not equals or head not in known:
+        return False
+    if head in _SECTIONS:
+        if not dot:
+            raise UserError(f"'{override}' names no key of {head}", "--set", f"write {head}.key=value")
+        tree[head] = {**(tree.get(head) or {}), key: parse_value(value)}
+    else:
+        tree[head] = parse_value(value)
+    return True
+
+
+def _section(kind: type, options: object, key: str, where: str) -> object:
+    """The class of a section, its fields filled."""
+    if options is None:
+        return None
+    where = f"{where}: {key}"
+    if not isinstance(options, dict):
+        raise UserError(f"takes a mapping, not {options!r}", where)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for name in options:
+        if name not in fields:
+            raise UserError(f"unknown key '{name}'", where, nearest(str(name), fields))
+    for name, f in fields.items():
+        if f.default is dataclasses.MISSING and name not in options:
+            raise UserError(f"needs '{name}'", where, f"add {name}: …")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: converted(value, hints[name], name, where) for name, value in options.items()})
+
+
+def _core(tree: dict[str, Any], name: str, where: str, overrides: list[str]) -> Recipe | None:
+    """The stages as a recipe of their own; refuses what convolutions cannot have."""
+    if not tree.get("stages"):
+        if overrides:
+            raise UserError(f"'{overrides[0]}' is of a stage, and there are none", "--set", "see the recipe's keys")
+        return None
+    core = Recipe.from_tree({key: tree[key] for key in _CORE_KEYS if key in tree}, name, overrides)
+    for stage in core.stages:
+        if stage.method_name not in METHODS:
+            raise UserError(
+                f"method {stage.method_name} is for language models", where, nearest(stage.method_name, METHODS)
+            )
+        if getattr(stage.method, "ramp", 0.0):
+            raise UserError("ramps over blocks, and there are none", f"{where}: {stage.kind}.ramp", "leave it out")
+        grid = getattr(stage.method, "activations", None)
+        if grid is not None and grid.group != "tensor":
+            raise UserError(
+                "a convolution's inputs have no tokens", f"{where}: activations", "use int8-static-asym or int8-tensor"
+            )
+    return core
