@@ -253,7 +253,18 @@ def test_any_index_stays_in_its_folder_or_is_one_line(altered: Callable[..., Pat
 
 @pytest.mark.parametrize(
     "name",
-    ["../evil.safetensors", "/etc/evil.safetensors", "a/b.safetensors", "..", ".", "", "C:\\x", "\\\\host\\x", "\0"],
+    [
+        "../evil.safetensors",
+        "/etc/evil.safetensors",
+        "a/b.safetensors",
+        "..",
+        ".",
+        "",
+        "C:\\x",
+        "\\\\host\\x",
+        "\0",
+        "x" * 256,
+    ],
 )
 def test_a_name_that_leaves_the_folder_is_refused_and_told(
     altered: Callable[..., Path], tmp_path: Path, name: str

@@ -110,7 +110,7 @@ def _check_index(weight_map: Mapping[str, str], held: Mapping[str, str], verdict
 def _check_hashes(folder: Path, hashes: Mapping[str, Any], named: set[str], verdict: Verdict) -> None:
     for name, said in sorted(hashes.items()):
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name:
+        if path.is_absolute() or ".." in path.parts or not path.parts or not all(inside(p) for p in path.parts):
             verdict.fail("hashes", RECORD, f"names {name}, which leaves the folder")
         elif (folder / name).is_file():
             verdict.require(sha256(folder / name) == said, "hashes", name, "is not the file that was written (SHA-256)")
