@@ -59,7 +59,8 @@ def key_value_scales(model: BlockwiseModel, tokens: Tensor) -> dict[str, Tensor]
     finally:
         for hook in hooks:
             hook.remove()
-    dtype, scales = model.checkpoint.dtype, {}
+    dtype = model.checkpoint.dtype
+    scales: dict[str, Tensor] = {}
     for name, ranges in found.items():
         if not ranges.largest.any():
             raise UserError("its forward takes no cache", name, "leave kv_cache out of the recipe")

@@ -1,5 +1,5 @@
-"""A random Llama of 1.1 billion parameters (TinyLlama's shape) as it runs on a CPU: dense, in this program's formats and
-runtime, in bitsandbytes', as transformers runs llm-compressor's W8A8 folder, and with a fifth of its blocks removed.
+"""A random Llama of 1.1 billion parameters (TinyLlama's shape) as it runs on a CPU: dense, in this program's formats
+and runtime, in bitsandbytes', as transformers runs llm-compressor's W8A8 folder, and with a fifth of its blocks gone.
 
     python scripts/bench_runtime.py prepare --work DIR     # makes the folders: minutes, 12 GB of disk
     python scripts/bench_runtime.py logits --work DIR      # how far the kernels are from the simulated model
@@ -134,8 +134,9 @@ def logits(work: Path, threads: int) -> None:
         for name in ("W8A8", "W4A16"):
             folder, runtime = VARIANTS[name]
             ours, theirs = run(folder, runtime, "bfloat16"), run(folder, "dense", "bfloat16")
-            exact = run(folder, "dense", "float32")
+            exact, alone = run(folder, "dense", "float32"), run(folder, runtime, "float32")
             distances = {
+                "kernels in a float32 model from simulated in float32": _distance(alone, exact),
                 "kernels from simulated in bfloat16": _distance(ours, theirs),
                 "kernels from simulated in float32": _distance(ours, exact),
                 "simulated in bfloat16 from simulated in float32": _distance(theirs, exact),

@@ -17,7 +17,7 @@ from llmcompress.measure import release_freed_memory
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.runtime.choose import RuntimeSummary, choose, require_kernel
-from llmcompress.runtime.cuda import Int8CudaLinear
+from llmcompress.runtime.cuda import Float8CudaLinear, Int8CudaLinear
 from llmcompress.runtime.int4 import W4A16Linear
 from llmcompress.runtime.int8 import W8A8Linear
 from llmcompress.runtime.simulated import simulate
@@ -109,6 +109,8 @@ def _linear(
 ) -> nn.Module:
     if kernel == "int4":
         return W4A16Linear(tensors, scheme, bias)
+    if kernel == "fp8":
+        return Float8CudaLinear(tensors, scheme, bias, device)
     if device != "cpu":
         return Int8CudaLinear(tensors, scheme, bias, device)
     return W8A8Linear(tensors, scheme, bias)

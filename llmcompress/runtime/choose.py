@@ -20,7 +20,7 @@ class RuntimeSummary:
     """How the matrices of a loaded model are multiplied.
 
     Attributes:
-        kernels: number of Linears by kernel: ``int8``, ``int4``, ``dense``.
+        kernels: number of Linears by kernel: ``int8``, ``int4``, ``fp8`` (CUDA only), ``dense``.
         reasons: why quantized matrices are multiplied dense, with their number.
     """
 
@@ -47,6 +47,8 @@ def choose(scheme: Scheme, rows: int, columns: int, runtime: str, device: str = 
         return "dense", "asked for"
     reasons = {"int8": why_not_int8(scheme), "int4": why_not_int4(scheme, rows, columns)}
     if device != "cpu":
+        if runtime == "auto" and _is_float8(scheme) and rows % 16 == columns % 16 == 0:
+            return "fp8", ""
         reasons["int4"] = "the int4 kernel is for CPUs"
         if reasons["int8"] == "" and (rows % 8 or columns % 8):
             reasons["int8"] = "the CUDA int8 kernel wants multiples of 8"
@@ -56,6 +58,10 @@ def choose(scheme: Scheme, rows: int, columns: int, runtime: str, device: str = 
     if runtime != "auto":
         return "dense", reasons[runtime]
     return "dense", reasons["int4" if scheme.activations is None else "int8"]
+
+
+def _is_float8(scheme: Scheme) -> bool:
+    return scheme.activations is not None and scheme.activations.kind == scheme.weights.kind == "fp8"
 
 
 def require_kernel(summary: RuntimeSummary, runtime: str, folder: str) -> None:

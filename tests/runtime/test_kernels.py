@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.export.quantized import Scheme, pack
 from llmcompress.runtime.choose import choose
-from llmcompress.runtime.cuda import Int8CudaLinear
+from llmcompress.runtime.cuda import Float8CudaLinear, Int8CudaLinear
 from llmcompress.runtime.int4 import TILE_TOKENS, W4A16Linear, layout_is_known, why_not_int4
 from llmcompress.runtime.int8 import W8A8Linear, why_not_int8
 from llmcompress.runtime.rows import SHARED_ENTRIES, ZERO_POINT, row_codes, scaled_rows
@@ -122,6 +122,17 @@ def test_both_ways_through_packed_weights_agree() -> None:
 def test_packed_weights_take_half_a_byte_each() -> None:
     tensors, _, _ = stored(INT4["w4a16-g128"], torch.bfloat16)
     assert W4A16Linear(tensors, INT4["w4a16-g128"], None).packed.nbytes == 192 * 256 // 2
+
+
+@pytest.mark.parametrize("inputs", ["fp8", "fp8-static"])
+def test_float8_products_are_the_simulated_ones(inputs: str) -> None:
+    scheme = Scheme(W("fp8"), A(inputs))
+    assert choose(scheme, 192, 256, "auto", "cuda")[0] == "fp8" and choose(scheme, 192, 256, "auto")[0] == "dense"
+    tensors, weight, static = stored(scheme, torch.float32)
+    bias = nn.Parameter(torch.randn(192))
+    x = torch.randn(3, 5, 256)
+    found = Float8CudaLinear(tensors, scheme, bias, "cpu")(x)
+    assert distance(found, simulated(x, weight, bias, scheme, static)) < 2**-8  # sums come in bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
