@@ -141,7 +141,8 @@ class Checkpoint:
 def inside(name: str) -> bool:
     """Whether a file name taken from a file is no more than a name: no folder, no ``..``, nothing hidden in it, and no
     longer than file systems allow."""
-    return 0 < len(name.encode("utf-8", "surrogatepass")) < 256 and name not in (".", "..") and not set(name) & {"/", "\\", ":", "\0"}
+    length = len(name.encode("utf-8", "surrogatepass"))
+    return 0 < length < 256 and name not in (".", "..") and not set(name) & {"/", "\\", ":", "\0"}
 
 
 def _named_files(index: Path) -> set[str]:
