@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from llmcompress.commands import COMMANDS
 from llmcompress.commands.parser import Parser, quiet_libraries
@@ -16,6 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     quiet_libraries()
     from llmcompress import api
+    from llmcompress.export.sparse import pack
     from llmcompress.progress import Progress
 
     wanted = api.Options(
@@ -41,6 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         )  # fmt: skip
         print(json.dumps(found.to_dict(), indent=2) if options.json else found.text())
         return 0
+    follows = os.environ.get("RANK", "0") != "0"  # a launcher's other process has the word
     report = api.compress(
         options.model,
         options.recipe,
@@ -49,10 +53,13 @@ def run(arguments: Sequence[str]) -> int:
         overrides=options.set,
         force=options.force,
         resume=options.resume,
-        progress=Progress(silent=options.json),
+        progress=Progress(silent=options.json or follows),
         command=shlex.join(["python", "-m", "llmcompress", *(a for a in arguments if a != "--resume")]),
     )
-    print(report.to_json() if options.json else report.table())
+    if not follows:
+        if options.pack:
+            pack(Path(report.output), Path(report.output), force=True)
+        print(report.to_json() if options.json else report.table())
     return 0
 
 
@@ -87,6 +94,7 @@ def _parser() -> Parser:
     add("--resume", action="store_true", help="go on with a run that was killed or interrupted")
     add("--dry-run", action="store_true", help="print what would be done, and write nothing")
     add("--json", action="store_true", help="print only the report, as JSON")
+    add("--pack", choices=["sparse"], help="leave the zeros out of the files; `unpack` the folder before it is used")
 
     data = parser.add_argument_group("calibration and evaluation")
     add = data.add_argument

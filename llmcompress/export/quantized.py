@@ -278,8 +278,8 @@ def _own_scheme(group: QuantizationScheme) -> Scheme:
         raise UserError(
             f"format {container} is not read", "quantization_config", f"known: {', '.join(READABLE_FORMATS)}"
         )
-    grids = (args and _own_grid(args) for args in (group.input_activations, group.output_activations))
-    scheme = Scheme(_own_grid(group.weights), *grids)
+    inputs, outputs = (args and _own_grid(args) for args in (group.input_activations, group.output_activations))
+    scheme = Scheme(_own_grid(group.weights), inputs, outputs)
     return loadable(scheme, unpacks=container != INT_QUANTIZED)
 
 

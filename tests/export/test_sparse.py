@@ -156,3 +156,16 @@ def test_the_commands_pack_and_unpack(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["unpack", str(tmp_path / "packed"), str(plain)]) == 2
     assert "is not packed" in capsys.readouterr().err
     assert (tmp_path / "packed" / PACKED_CONFIG).is_file()
+
+
+def test_a_run_can_end_packed(tmp_path: Path) -> None:
+    given = ["--model", "llama", "--recipe", "magnitude-50", "--samples", "1", "--length", "16", "--no-eval"]
+    assert main([*given, "--output", str(tmp_path / "packed"), "--pack", "sparse"]) == 0
+    assert main([*given, "--output", str(tmp_path / "plain")]) == 0
+    unpack(tmp_path / "packed", tmp_path / "back")
+    shards = {name for name in contents(tmp_path / "plain") if name.endswith(".safetensors")}
+    back, plain = contents(tmp_path / "back"), contents(tmp_path / "plain")
+    assert shards and all(back[name] == plain[name] for name in shards)
+    assert sum(f.stat().st_size for f in (tmp_path / "packed").glob("*.safetensors")) < sum(
+        map(len, (plain[n] for n in shards))
+    )
