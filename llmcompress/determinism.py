@@ -1,8 +1,8 @@
 """Whether the same command writes the same bytes with any number of threads.
 
-Matrix products and sums of the steps in INDEPENDENT come out the same however many threads share them, as a test holds.
-The others factor Gram matrices or learn by gradients: LAPACK's Cholesky cuts a matrix otherwise for another number of
-threads, and the last bits of its sums, and with them some roundings, change."""
+Matrix products and sums of the steps in INDEPENDENT come out the same however many threads share them, as was measured
+at widths of 512 and 1408 (a test holds it for some). Others factor Gram matrices: LAPACK's Cholesky cuts a matrix
+otherwise for another number of threads, and the last bits of its sums, and with them some roundings, change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from llmcompress.recipe import Recipe
 
 #: methods whose results do not hang on the number of threads
-INDEPENDENT = frozenset({"clip", "jsq", "wanda", "magnitude", "smoothquant", "rtn"})
+INDEPENDENT = frozenset({"awq", "clip", "jsq", "llm-pruner", "magnitude", "omniquant", "rtn", "smoothquant", "wanda"})
 
 
 def hangs_on_threads(recipe: Recipe) -> bool:

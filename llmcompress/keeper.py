@@ -37,15 +37,12 @@ class Keeper:
             self.phases.add_earlier(kept[-1].phases, kept[-1].seconds)
             walk.warnings = [warning for block in kept for warning in block.warnings]
             self._told = len(walk.warnings)
+        call = walk.team.told((start, kept[-1].call if kept else ""))[1]
         if start == number:
             return
-        returned = self.work.returned(start, len(walk.models), walk.model.device) if start else ()
-        call = kept[-1].call if kept else ""
-        modules = [block.module for model in walk.models for block in model.blocks]
-        with Returns(modules, copied=False) as returns:
-            for index, finished in enumerate(walk.run(start, returned, call), start):
-                with self.phases("write"):
-                    yield self._keep(index, finished, returns)
+        for index, finished, returns in _walked(walk, self.work, start, call):
+            with self.phases("write"):
+                yield self._keep(index, finished, returns)
 
     def _keep(self, index: int, finished: CompressedBlock, returns: Returns) -> KeptBlock:
         walk, writer = self.walk, self.writer
@@ -56,6 +53,7 @@ class Keeper:
         if following < len(walk.model.blocks):
             self._save_returned(following, returns)
             call = walk.entered()
+        walk.team.wait()  # until the others' forwards are on disk too
         warnings, self._told = walk.warnings[self._told :], len(walk.warnings)
         seconds = dict(self.phases.seconds)
         block = KeptBlock(finished.report, finished.schemes, warnings, call, seconds, self.phases.total, [])
@@ -73,11 +71,38 @@ class Keeper:
         if not self._keeps:
             return
         try:
-            for lane, forwards in enumerate(lane.everyone for lane in walk.lanes):
-                for number, forward in enumerate(forwards):
-                    (value,) = returns.take([forward])
-                    with forward.awake():
-                        self.work.save_returned(following, lane, number, value)
+            save_all(walk, self.work, following, returns)
         except UserError as error:
             self._keeps = False
             walk.progress.say(f"if this run is stopped, it has to begin again: {error.what}")
+
+
+def follow(walk: Walk, work: Workplace) -> None:
+    """What the processes of a team do that do not write: they walk along, and keep their own forwards' values."""
+    start, call = walk.team.told()
+    number = len(walk.model.blocks)
+    for index, finished, returns in _walked(walk, work, start, call) if start < number else ():
+        finished.tensors.clear()
+        if index + 1 < number:
+            save_all(walk, work, index + 1, returns)
+            work.sync_returned(index + 1)
+        walk.team.wait()
+
+
+def save_all(walk: Walk, work: Workplace, following: int, returns: Returns) -> None:
+    """Writes what the block before block ``following`` returned to each forward of this process."""
+    for lane, forwards in enumerate(lane.everyone for lane in walk.lanes):
+        for number, forward in enumerate(forwards):
+            (value,) = returns.take([forward])
+            with forward.awake():
+                work.save_returned(following, lane, number, value, walk.team.rank)
+
+
+def _walked(
+    walk: Walk, work: Workplace, start: int, call: str
+) -> Iterator[tuple[int, CompressedBlock, Returns]]:  # fmt: skip
+    returned = work.returned(start, len(walk.models), walk.model.device, walk.team.rank) if start else ()
+    modules = [block.module for model in walk.models for block in model.blocks]
+    with Returns(modules, copied=False) as returns:
+        for index, finished in enumerate(walk.run(start, returned, call), start):
+            yield index, finished, returns

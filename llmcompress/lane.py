@@ -28,6 +28,7 @@ class Lane:
         tokens: (N, T) int64.
         batch: rows per micro-batch; None for full speed.
         kind: what makes the forwards.
+        probe: (1, T) tokens of the first forward; None for the beginning of the first row.
 
     Attributes:
         everyone: the probe and the micro-batches.
@@ -35,11 +36,12 @@ class Lane:
 
     def __init__(
         self, model: BlockwiseModel, tokens: Tensor, batch: int | None = None,
-        kind: Callable[[Callable[[], Any]], SuspendedForward] = SuspendedForward,
+        kind: Callable[[Callable[[], Any]], SuspendedForward] = SuspendedForward, probe: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         batches = micro_batches(tokens) if batch is None else tokens.split(batch)
-        self.everyone = model.start_forwards([tokens[:1, :PROBE_TOKENS], *batches], kind=kind)
+        probe = tokens[:1, :PROBE_TOKENS] if probe is None else probe
+        self.everyone = model.start_forwards([probe, *batches], kind=kind)
         self.probe, *self.forwards = self.everyone
 
     def through(self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False) -> BlockPass:

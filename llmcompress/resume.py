@@ -193,24 +193,30 @@ class Workplace:
                 shutil.rmtree(folder)
         return found
 
-    def save_returned(self, index: int, lane: int, number: int, value: object) -> None:
-        """Writes what the block before block ``index`` returned to a forward of a lane."""
+    def save_returned(self, index: int, lane: int, number: int, value: object, rank: int = 0) -> None:
+        """Writes what the block before block ``index`` returned to a forward of a lane of a process."""
         folder = self._entering(index)
         folder.mkdir(exist_ok=True)
-        save_value(folder / f"{lane}-{number:05d}.safetensors", value)
+        save_value(folder / f"{rank}-{lane}-{number:05d}.safetensors", value)
 
-    def returned(self, index: int, lanes: int, device: str) -> list[Sequence[object]]:
-        """What `save_returned` wrote."""
+    def returned(self, index: int, lanes: int, device: str, rank: int = 0) -> list[Sequence[object]]:
+        """What `save_returned` wrote for the forwards of one process."""
         folder = self._entering(index)
-        return [StoredValues(sorted(folder.glob(f"{lane}-*.safetensors")), device) for lane in range(lanes)]
+        return [
+            StoredValues(sorted(folder.glob(f"{rank}-{lane}-*.safetensors")), device) for lane in range(lanes)
+        ]  # fmt: skip
 
     def keep_block(self, index: int, block: KeptBlock) -> None:
         """Notes that a block is finished, once everything that belongs to it is on disk."""
-        folder = self._entering(index + 1)
-        for path in (*folder.glob("*"), folder) if folder.is_dir() else ():
-            sync(path)
+        self.sync_returned(index + 1)
         self.keep(_block_file(index), asdict(block))
         shutil.rmtree(self._entering(index), ignore_errors=True)
+
+    def sync_returned(self, index: int) -> None:
+        """Forces to disk what `save_returned` wrote."""
+        folder = self._entering(index)
+        for path in (*folder.glob("*"), folder) if folder.is_dir() else ():
+            sync(path)
 
     def _entering(self, index: int) -> Path:
         return self.folder / f"entering-{index:05d}"

@@ -16,6 +16,7 @@ from llmcompress.annealing import Annealing, searched, with_ratios
 from llmcompress.arithmetic import choose_device, choose_dtype
 from llmcompress.calibration import Calibration, digest, evaluation_rows, token_rows
 from llmcompress.determinism import determinism, threads_of
+from llmcompress.distributed import Team
 from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.card import model_card
@@ -25,7 +26,7 @@ from llmcompress.export.destination import RECORD, check_disk_space, sync
 from llmcompress.export.quantized import Scheme, quantization_config, storage_note
 from llmcompress.hidden_states import kept_bytes
 from llmcompress.identity import differences, hashed_files, identity
-from llmcompress.keeper import Keeper
+from llmcompress.keeper import Keeper, follow
 from llmcompress.key_values import key_value_scales
 from llmcompress.measure import Phases, peak_memory_bytes, versions
 from llmcompress.model.checkpoint import Checkpoint
@@ -109,6 +110,9 @@ class Run:
         self.progress, self.command = progress, command
         self.phases = Phases()
         self._known: dict[str, Any] | None = None
+        self.team = Team.assembled(source.device)
+        if self.team.size > 1 and (recipe.structured is not None or searched(recipe) is not None):
+            raise UserError("works in one process alone", f"recipe {recipe.name}", "start one process")
 
     def execute(self, target: Path, force: bool = False, resume: bool = False) -> Report:
         """Calibrates, walks, evaluates and publishes.
@@ -118,7 +122,10 @@ class Run:
             force: replace an output of this program, and discard an unfinished run.
             resume: go on with an unfinished run of the same identity, or read the report of a finished one.
         """
+        if self.team.rank:
+            return self._follow(target)
         if resume and (report := self._finished(target)):
+            self.team.told(None)
             return report
         with Workplace(target, resume, force) as work:
             with self.phases("load"):
@@ -127,6 +134,25 @@ class Run:
                 self.recipe, self._left_dense = without_misfits(self.recipe, dense)
             work.begin(self._identity, self.command, str(target))
             return self._begin(dense, work)
+
+    def _follow(self, target: Path) -> Report:
+        """What the processes do that do not write."""
+        dense, recipe = self.source.open(), self.recipe
+        tokens = self.team.told()
+        if self.options.on_misfit == "skip":
+            recipe, _ = without_misfits(recipe, dense)
+        if tokens is not None:
+            work = Workplace(target)
+            follow(self._new_walk(dense, recipe.blockwise, tokens, work), work)
+        return Report(model=self.source.name, recipe=self.recipe.name, output=str(target))
+
+    def _new_walk(self, dense: BlockwiseModel, recipe: Recipe, tokens: Tensor, work: Workplace) -> Walk:
+        o = self.options
+        waiting = work.folder / f"waiting-{self.team.rank}" if o.offload_activations else None
+        return Walk(
+            dense, recipe, tokens, replay=o.low_memory or o.offload_activations, offload=waiting, team=self.team,
+            phases=self.phases, progress=self.progress,
+        )  # fmt: skip
 
     def _begin(self, dense: BlockwiseModel, work: Workplace) -> Report:
         """Everything that may be refused, and the rows to calibrate on; then the rest."""
@@ -185,6 +211,7 @@ class Run:
             with self.phases("hash"), self.progress.phase("hashing the model", files, "file") as advance:
                 threads = threads_of(self._asked) if source.device == "cpu" else 0
                 arithmetic = f"{source.dtype} on {source.device}" + (f", threads: {threads}" if threads else "")
+                arithmetic += f", processes: {self.team.size}" if self.team.size > 1 else ""
                 self._known = identity(
                     source.name, source.checkpoint, self._asked, self.options, arithmetic, advance
                 )  # fmt: skip
@@ -246,13 +273,8 @@ class Run:
                 report.blocks = copy_model(dense, writer)
             return {}
         recipe = self._searched(dense, tokens, work, report)
-        o = self.options
-        walk = Walk(
-            dense, recipe, tokens, replay=o.low_memory or o.offload_activations,
-            offload=work.folder / "waiting" if o.offload_activations else None,
-            phases=self.phases, progress=self.progress,
-        )  # fmt: skip
-        report.calibration["samples"] = len(walk.tokens)
+        walk = self._new_walk(dense, recipe, self.team.told(tokens), work)
+        report.calibration["samples"] = walk.samples
         keeper = Keeper(walk, writer, work, self.phases)
         blocks = [*kept, *keeper.blocks(kept)]
         with self.phases("write"):
@@ -296,7 +318,7 @@ class Run:
             versions=versions(),
             calibration=asdict(o.calibration_rows) | {"propagate": self.recipe.propagate},
             evaluation=judged,
-            determinism=determinism(self.recipe, self.source.device, torch.get_num_threads()),
+            determinism=determinism(self.recipe, self.source.device, torch.get_num_threads(), self.team.size),
         )
 
     def _files(

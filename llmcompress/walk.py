@@ -22,12 +22,13 @@ from llmcompress.core.grid import Levels, QuantGrid
 from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
 from llmcompress.core.profile import channel_peaks, described
 from llmcompress.core.stats import InputStats
+from llmcompress.distributed import ALONE, Team
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
 from llmcompress.hidden_states import digest
-from llmcompress.lane import ERROR_ROWS, Lane, require_finite, sample
+from llmcompress.lane import ERROR_ROWS, PROBE_TOKENS, Lane, require_finite, sample
 from llmcompress.measure import Phases, peak_memory_bytes, release_freed_memory
-from llmcompress.methods.uncalibrated import aimed_at_compressed, without_rows
+from llmcompress.methods.uncalibrated import aimed_at_compressed, steadied, without_rows
 from llmcompress.methods.unrounded import keeping_unrounded
 from llmcompress.model.checkpoint import require_no_overflow
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
@@ -68,6 +69,7 @@ class Walk:
         tokens: (N, T) int64 calibration rows.
         replay: run blocks from their start to each group instead of suspending them: less memory, same result.
         offload: folder for the hidden states of forwards that wait in front of a block; None keeps them in memory.
+        team: processes that share the rows.
         phases: where the time went.
         progress: told of blocks and matrices as they come.
 
@@ -85,6 +87,7 @@ class Walk:
         *,
         replay: bool = False,
         offload: Path | None = None,
+        team: Team = ALONE,
         phases: Phases | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -95,7 +98,10 @@ class Walk:
         self.progress.total_blocks = len(model.blocks)
         self.warnings: list[str] = []
         self._needs = _needs(recipe)
-        self.tokens = tokens[: samples_needed(recipe, *tokens.shape)]
+        used = tokens[: samples_needed(recipe, *tokens.shape)]
+        self.samples, self.tokens, self._probe = len(used), team.share(used), used[:1, :PROBE_TOKENS]
+        self.team = team
+        self._refuse_team()
         self._smooths = any(method.stage == "smooth" for method in recipe.methods)
         self._batch = min((method.batch for method in recipe.methods if method.batch), default=None)
         self._methods = recipe.methods  # as they are bound to the present block
@@ -121,7 +127,9 @@ class Walk:
         models = self.models
         with gates([block.module for model in models for block in model.blocks]):
             with self.phases("forward"):
-                lanes = self.lanes = [Lane(model, self.tokens, self._batch, self._kind) for model in models]
+                lanes = self.lanes = [
+                    Lane(model, self.tokens, self._batch, self._kind, self._probe) for model in models
+                ]
                 for model in models:
                     model.release_embeddings()
                 for lane, values in zip(lanes, returned, strict=True) if start else ():
@@ -149,6 +157,19 @@ class Walk:
                     model.release_block(index)
                 del finished, found
                 release_freed_memory()
+
+    def _refuse_team(self) -> None:
+        if self.team.size > 1 and self.model.expert_layers:
+            raise UserError("experts are not compressed by several processes yet", type(self.model.model).__name__,
+                            "start one process")  # fmt: skip
+        for method in self.recipe.methods if self.team.size > 1 else ():
+            if method.learns:
+                raise UserError("this step learns in one process alone", f"recipe {self.recipe.name}: {method.stage}",
+                                "start one process")  # fmt: skip
+
+    def _seen(self, rows: list[Tensor]) -> Tensor:
+        """Some rows of all processes."""
+        return sample([self.team.gathered(sample(rows))])
 
     def entered(self) -> str:
         """Hash of what the block that the probes wait at is called with."""
@@ -232,20 +253,21 @@ class Walk:
         reader, views = group.matrices[0], [m for m in group.matrices if self.recipe.targets(m.name)]
         rows, dense_rows = ([reader.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
         require_finite(group.name, rows)
-        reached = sum(len(x) for x in rows)
+        reached = self.team.total(sum(len(x) for x in rows))
         if not reached:
             rows = dense_rows = [torch.zeros(1, group.width, dtype=self.model.dtype, device=self.model.device)]
         needs, methods = self._plan(group, reached)
         work = outcome.working_copies(group, [view.name for view in views])
-        peaks = channel_peaks(rows)
+        peaks = self.team.gathered(channel_peaks(rows)[None]).amax(0)
         stats = InputStats(group.width, needs, device=rows[0].device, length=self.tokens.shape[1])
         for x, dense in zip(rows, dense_rows, strict=True):
             stats.update(x, dense)
-        run_methods(methods, work, stats)
+        self.team.merge(stats)
+        self.team.run(methods, work, stats)
         if self._starved.is_expert(group.name):
             work.figures["rows"] = reached
-        seen = sample(rows) if reached else torch.eye(group.width).to(rows[0])  # the error is that of the weights
-        errors = relative_errors(work, views, seen, sample(dense_rows) if len(places) > 1 else seen)
+        seen = self._seen(rows) if reached else torch.eye(group.width).to(rows[0])  # the error is that of the weights
+        errors = relative_errors(work, views, seen, self._seen(dense_rows) if len(places) > 1 else seen)
         outcome.commit(group, work, places[0])
         for matrix, error in zip(work.matrices, errors, strict=True):
             report.matrices.append(outcome.report(matrix, error))
@@ -272,7 +294,7 @@ class Walk:
         """Statistics and steps for a group that so many rows reach."""
         is_expert = self._starved.is_expert(group.name)
         if is_expert and rows >= MIN_EXPERT_ROWS:
-            return self._needs - {"cross"}, aimed_at_compressed(self._methods)
+            return self._needs - {"cross"}, steadied(aimed_at_compressed(self._methods), group.width, rows)
         if rows and not is_expert:
             return self._needs, self._methods
         self._starved.note(group.name)

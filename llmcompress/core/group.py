@@ -160,11 +160,15 @@ class Method:
         stage: where it stands in a recipe: ``clip``, ``prune``, ``smooth`` or ``quantize``.
         needs: the statistics it reads (see `llmcompress.core.stats.KINDS`).
         batch: calibration rows per micro-batch, where it matters to the step; None if it does not.
+        by_rows: every output row of a matrix is decided for itself, whatever the others hold.
+        learns: it learns on the whole block, not only from statistics.
     """
 
     stage: str
     needs: frozenset[str] = frozenset()
     batch: int | None = None
+    by_rows: bool = False
+    learns: bool = False
 
     def misfit(self, columns: int) -> str:
         """Why a matrix with ``columns`` inputs cannot take this step; empty if it can."""

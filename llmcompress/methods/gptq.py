@@ -66,6 +66,11 @@ class GPTQ(Method):
             needs |= {"gram", "cross"}
         return frozenset(needs) | RTN(self.weights, self.activations).needs
 
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        """Where rows share no scale."""
+        return self.weights.group != "tensor" and not self.refit
+
     def misfit(self, columns: int) -> str:
         return RTN(self.weights, self.activations).misfit(columns)
 

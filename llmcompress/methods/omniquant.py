@@ -61,6 +61,7 @@ class OmniQuant(Method):
     target: Literal["compressed", "dense"] = "compressed"
 
     stage = "quantize"
+    learns = True
 
     def __post_init__(self) -> None:
         counts = {"epochs": self.epochs, "samples": self.samples, "batch": self.batch}

@@ -57,6 +57,11 @@ class SparseGPT(Method):
         """The Gram matrix; for the dense target the cross-Gram too."""
         return frozenset({"gram", "cross"} if self.target == "dense" else {"gram"})
 
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        """Where the pattern does not compare rows, as a ratio over all of them does."""
+        return bool(self.sparsity.m) and not self.refit
+
     def misfit(self, columns: int) -> str:
         return self.sparsity.misfit(columns)
 

@@ -20,6 +20,7 @@ class Wanda(Method):
 
     stage = "prune"
     needs = frozenset({"squares"})
+    by_rows = True
 
     def misfit(self, columns: int) -> str:
         return self.sparsity.misfit(columns)
