@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
 from llmcompress.measure import release_freed_memory
 from llmcompress.model.checkpoint import Checkpoint
@@ -63,9 +64,19 @@ def assemble(
         _fill(model, kernels, partial(model.load_rest, head=True))
     # As from_pretrained leaves them. Without it torch's matmul copies the head for a hidden state that is a slice.
     network = model.model.requires_grad_(True)
+    _try(network, folder)
     if (folder / "generation_config.json").is_file():
         network.generation_config = GenerationConfig.from_pretrained(folder)
     return network, summary
+
+
+@torch.no_grad()
+def _try(network: PreTrainedModel, folder: Path) -> None:
+    """One token, so that a model whose code reads the weights of its Linears (RWKV's does) is found now."""
+    try:
+        network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=network.device))
+    except AttributeError as error:
+        raise UserError(f"its code reads the weights themselves ({error})", str(folder), "use runtime dense") from error
 
 
 def _map_embedding(model: BlockwiseModel) -> None:

@@ -22,13 +22,17 @@ class RuntimeSummary:
     Attributes:
         kernels: number of Linears by kernel: ``int8``, ``int4``, ``fp8`` (CUDA only), ``dense``.
         reasons: why quantized matrices are multiplied dense, with their number.
+        whole: why the whole model was left to transformers; empty if it was not, or was asked for.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
+    whole: str = ""
 
     def text(self) -> str:
         """One line: ``154 matrices in int8; 2 dense: its weights are asymmetric``."""
+        if self.whole:
+            return f"all dense: {self.whole}"
         parts = [f"{count} matrices in {kernel}" for kernel, count in self.kernels.items() if kernel != "dense"]
         parts += [f"{count} quantized matrices dense: {why}" for why, count in self.reasons.items()]
         return "; ".join(parts) or "no quantized matrices, all dense"

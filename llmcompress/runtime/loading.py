@@ -48,7 +48,7 @@ def load(
         raise UserError(f"unknown runtime '{runtime}'", "runtime", nearest(runtime, RUNTIMES))
     check_checkpoint(folder)
     model, summary = _with_kernels(folder, _dtype(dtype), device, runtime)
-    if summary.reasons and runtime != "dense":
+    if (summary.reasons or summary.whole) and runtime != "dense":
         warnings.warn(f"{folder}: {summary.text()}", stacklevel=2)
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype) or "auto", local_files_only=True)
@@ -83,7 +83,7 @@ def _with_kernels(
     except UserError as error:
         if runtime != "auto":
             raise
-        summary.reasons[str(error)] += 1
+        summary.whole = error.what
         return None, summary
 
 

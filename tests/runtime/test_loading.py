@@ -8,15 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llmcompress import api
 from llmcompress.cli import main
 from llmcompress.core.grid import QuantGrid
 from llmcompress.errors import UserError
+from llmcompress.evaluate.stream import rounded_activations
 from llmcompress.export.quantized import Scheme
+from llmcompress.model.checkpoint import Checkpoint
+from llmcompress.model.load import BlockwiseModel
 from llmcompress.runtime.int4 import W4A16Linear
 from llmcompress.runtime.int8 import W8A8Linear
 from llmcompress.runtime.loading import load, runtime_of
+from tests.architectures import tiny_folder
 from tests.export.test_quantized import all_but_head, linears_of, save, tiny_llama
 
 W, A = QuantGrid.parse_weights, QuantGrid.parse_activations
@@ -91,6 +97,35 @@ def test_what_stays_dense_is_said(folders: dict[str, Path]) -> None:
     assert runtime_of(model).kernels == {"int8": 12, "dense": 2}
     with pytest.warns(UserWarning, match="14 quantized matrices dense"):
         load(folders["asymmetric"])
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> api.Options:
+    save_file({"input_ids": torch.randint(3, 90, (2, 16))}, tmp_path / "rows.safetensors")
+    return api.Options(calibration=str(tmp_path / "rows.safetensors"), samples=2, length=16, evaluate=False)
+
+
+@pytest.mark.parametrize("name", ["opt", "gemma", "falcon_mamba", "mixtral"])
+def test_other_architectures_multiply_in_integers_too(tmp_path: Path, rows: api.Options, name: str) -> None:
+    """Against the blockwise model, which simulates the folder; transformers cannot load experts in int8."""
+    api.compress(tiny_folder(tmp_path / "dense", name), "rtn-w8a8", tmp_path / "out", rows)
+    model, tokens = load(tmp_path / "out"), torch.randint(3, 90, (2, 12))
+    assert set(runtime_of(model).kernels) == {"int8"}
+    simulated = BlockwiseModel(Checkpoint(tmp_path / "out"), torch.float32)
+    for index in range(len(simulated.blocks)):
+        simulated.load_block(index)
+    simulated.load_rest(head=True)
+    with rounded_activations(simulated):
+        expected = logits(simulated.model, tokens)
+    assert (logits(model, tokens) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_code_that_reads_weights_itself_is_left_to_transformers(tmp_path: Path, rows: api.Options) -> None:
+    api.compress(tiny_folder(tmp_path / "dense", "rwkv"), "rtn-w8a8", tmp_path / "out", rows)
+    with pytest.warns(UserWarning, match="all dense: its code reads the weights themselves"):
+        load(tmp_path / "out")
+    with pytest.raises(UserError, match="reads the weights"):
+        load(tmp_path / "out", runtime="int8")
 
 
 def test_dense_folders_and_dense_runtimes_say_nothing(folders: dict[str, Path]) -> None:
