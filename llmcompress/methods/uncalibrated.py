@@ -21,7 +21,6 @@ from llmcompress.errors import UserError
 from llmcompress.methods.magnitude import Magnitude
 from llmcompress.methods.rtn import RTN
 
-
 #: damping times rows per input column
 RIDGE = 0.3
 
