@@ -10,5 +10,6 @@ COMMANDS = {
     "pack": "write a folder in another container: zeros left out, or bitsandbytes",
     "unpack": "turn a packed folder back into the checkpoint, bit for bit",
     "report": "write report.html of a folder anew",
+    "vision": "compress a convolutional network",
     "compare": "set several folders beside each other: quality, size, speed",
 }

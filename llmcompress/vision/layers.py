@@ -3,6 +3,7 @@ export and trace like any other. They compute in float32 what `llmcompress.visio
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,6 +108,6 @@ def round_layer(layer: nn.Module, rounding: Rounding) -> nn.Module:
         made = RoundedLinear.__new__(RoundedLinear)
     else:
         raise UserError("only Conv2d and Linear can be rounded", type(layer).__name__, "exclude it")
-    made.__dict__.update({k: dict(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
+    made.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()})
     made.adopt(rounding)
     return made  # type: ignore[no-any-return]

@@ -1,0 +1,77 @@
+"""``python -m llmcompress vision``: compress a convolutional network."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+
+from llmcompress.commands.parser import Parser, quiet_libraries
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compresses; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    quiet_libraries()
+    from llmcompress.progress import Progress
+    from llmcompress.vision import VisionOptions, VisionRun
+
+    wanted = VisionOptions(
+        data=options.data,
+        samples=options.samples,
+        batch=options.batch,
+        image_size=options.image_size,
+        seed=options.seed,
+        evaluate=not options.no_eval,
+        on_misfit=options.on_misfit,
+    )
+    work = VisionRun(
+        options.model, options.recipe, options.output, wanted, overrides=options.set, force=options.force
+    )  # fmt: skip
+    if options.dry_run:
+        plan = work.plan()
+        if options.json:
+            print(json.dumps(plan, indent=2))
+        else:
+            from llmcompress.vision.show import plan_text
+
+            print(plan_text(plan))
+        return 0
+    with Progress(silent=options.json) as progress:
+        report = work.execute(progress, shlex.join(["python", "-m", "llmcompress", "vision", *arguments]))
+    print(report.to_json() if options.json else report.table())
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m llmcompress vision",
+        description="Compress a convolutional network: prune weights or whole channels, quantize, or both, with "
+        "calibration images alone, and say what it cost.",
+        epilog="Example: python -m llmcompress vision --recipe int8   (the bundled network, no network access needed)",
+    )
+    add = parser.add_argument
+    add("--model", default="resnet", metavar="resnet|mobilenet|FOLDER|module:function",
+        help="a bundled network (default: resnet), a folder, or a function that returns a module")  # fmt: skip
+    add("--data", default="digits", metavar="digits|FOLDER|FILE.npz",
+        help="images: the bundled digits (default), a folder per class, or arrays images and labels")  # fmt: skip
+    add("--recipe", default="int8", metavar="NAME|FILE.yaml", help="what to do to it (default: int8)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.KEY=VALUE",
+        help="change the recipe, e.g. channels.ratio=0.3",
+    )
+    add("--output", metavar="DIR", help="folder to write (default: compressed/<model>-<recipe>)")
+    add("--samples", type=int, default=512, metavar="N", help="calibration images (default: 512)")
+    add("--batch", type=int, default=64, metavar="N", help="images at once (default: 64)")
+    add("--image-size", type=int, default=0, metavar="P", help="side of a folder's images (default: the network's)")
+    add("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
+    add("--on-misfit", default="skip", choices=["refuse", "skip"],
+        help="what a pattern or group does not divide: leave it dense (default), or refuse it")  # fmt: skip
+    add("--no-eval", action="store_true", help="skip the evaluation")
+    add("--force", action="store_true", help="replace an output folder this program wrote before")
+    add("--dry-run", action="store_true", help="print what would be done, and write nothing")
+    add("--json", action="store_true", help="print only the report, as JSON")
+    return parser

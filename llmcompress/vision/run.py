@@ -1,0 +1,293 @@
+"""One run on a convolutional network, from what the user gave to a published folder."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import Fault, UserError
+from llmcompress.export.destination import RECORD, check_disk_space, check_output
+from llmcompress.measure import Phases, peak_memory_bytes, versions
+from llmcompress.progress import Progress
+from llmcompress.vision.fold import Folded, fold_norms
+from llmcompress.vision.images import Images, ImageSet, read_images
+from llmcompress.vision.judge import accuracy, all_logits, multiplications
+from llmcompress.vision.network import Network, open_network, origin_of, takes_images
+from llmcompress.vision.recipe import VisionRecipe
+from llmcompress.vision.report import VisionReport
+from llmcompress.vision.storage import save_network
+from llmcompress.vision.walk import LayerWalk, input_groups
+
+#: images on which folds and removals are verified
+PROBE = 8
+
+
+@dataclass(frozen=True)
+class VisionOptions:
+    """Everything about a run but the network and the recipe.
+
+    Attributes:
+        data: ``digits``, a folder of classes, or an ``.npz``.
+        samples: images to calibrate on.
+        batch: images per micro-batch.
+        image_size: of a side, to which images of a folder are brought; 0 takes the network's own.
+        seed: of everything random.
+        evaluate: judge on held-out images.
+        on_misfit: what becomes of layers that a pattern or group does not divide: ``skip`` or ``refuse``.
+    """
+
+    data: str = "digits"
+    samples: int = 512
+    batch: int = 64
+    image_size: int = 0
+    seed: int = 0
+    evaluate: bool = True
+    on_misfit: str = "skip"
+
+    def __post_init__(self) -> None:
+        for key in ("samples", "batch"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{getattr(self, key)} is not positive", f"--{key}", "use 1 or more")
+        if self.on_misfit not in ("skip", "refuse"):
+            raise UserError(f"unknown '{self.on_misfit}'", "--on-misfit", "use skip or refuse")
+        if self.image_size < 0:
+            raise UserError(f"{self.image_size} pixels", "--image-size", "use a positive number")
+
+
+@dataclass
+class Compressed:
+    """A compressed network in memory.
+
+    Attributes:
+        module: it; runs like any other module.
+        report: what it cost; figures of held-out images only where they were given.
+        folded: names of norms that are part of convolutions now.
+        masks: False where a weight was dropped, by layer name.
+    """
+
+    module: nn.Module
+    report: VisionReport
+    folded: list[str] = field(default_factory=list)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+
+def compress_vision(
+    module: nn.Module,
+    batches: Iterable[Tensor],
+    recipe: str | Path | VisionRecipe = "int8",
+    *,
+    overrides: Iterable[str] = (),
+    options: VisionOptions | None = None,
+    labels: Tensor | None = None,
+    name: str = "",
+    phases: Phases | None = None,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Compresses a network of Conv2d, Linear and BatchNorm.
+
+    Args:
+        module: any ``nn.Module`` from (N, C, H, W) to logits; it stays as it is.
+        batches: calibration images (n, C, H, W) float32.
+        recipe: name, YAML file or recipe.
+        overrides: ``stage.key=value`` changes of it.
+        options: seed, and what becomes of layers that do not fit; its ``data`` is not read.
+        labels: (N,) int64 of all calibration images, for scores from gradients.
+        name: for the report.
+        phases, progress: told of where the time goes.
+
+    Raises:
+        UserError: bad input; the module is unchanged.
+    """
+    found = list(batches)
+    if not found or any(x.dim() != 4 or not x.is_floating_point() for x in found):
+        raise UserError("batches are no (n, C, H, W) float tensors", "batches", "give calibration images")
+    recipe = recipe if isinstance(recipe, VisionRecipe) else VisionRecipe.load(recipe, overrides)
+    images = Images(torch.cat(found).float(), labels)
+    steps = _Steps(
+        module, images, recipe, options or VisionOptions(), phases or Phases(), progress or Progress(silent=True)
+    )
+    steps.report.model = name or type(module).__name__
+    return steps.run()
+
+
+class _Steps:
+    """The steps of one compression."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        images: Images,
+        recipe: VisionRecipe,
+        options: VisionOptions,
+        phases: Phases,
+        progress: Progress,
+    ) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.images, self.recipe, self.options = images, recipe, options
+        self.phases, self.progress = phases, progress
+        self.probe = images.pixels[:PROBE]
+        self.report = VisionReport("", recipe.name, options.seed, versions())
+
+    def run(self) -> Compressed:
+        takes_images(self.module, self.probe, "--data")
+        macs = multiplications(self.module, self.probe)
+        parameters = sum(p.numel() for p in self.module.parameters())
+        folded = self._fold()
+        result = self._walk()
+        self.report.macs = {"before": macs, "after": multiplications(self.module, self.probe)}
+        self.report.parameters = {"before": parameters, "after": sum(p.numel() for p in self.module.parameters())}
+        return Compressed(self.module, self.report, [norm for _, norm in folded.pairs], result)
+
+    def _fold(self) -> Folded:
+        if self.recipe.batchnorm != "fold":
+            return Folded()
+        with self.phases("fold"):
+            folded = fold_norms(self.module, self.probe)
+        self.report.fold = {"pairs": len(folded.pairs), "refused": folded.refused, "error": folded.error}
+        return folded
+
+    def _walk(self) -> dict[str, Tensor]:
+        if self.recipe.core is None:
+            return {}
+        batches = self.images.batches(self.options.batch)
+        walk = LayerWalk(self.module, batches, self.recipe, refuse=self.options.on_misfit == "refuse")
+        with self.phases("compress"), self.progress.phase("compressing", unit="layer") as advance:
+            for _ in walk.run():
+                advance(1)
+        self.report.matrices = walk.result.matrices
+        self.report.warnings += walk.result.warnings
+        return walk.result.masks
+
+
+class VisionRun:
+    """A run of the command: opened, checked, and then executed.
+
+    Args:
+        model: ``resnet``, ``mobilenet``, a folder, or ``module:function``.
+        recipe: name, file or recipe.
+        output: folder to write; default ``compressed/<model>-<recipe>``.
+        options: data, samples, seed.
+        overrides: of the recipe.
+        force: replace an output of this program.
+
+    Raises:
+        UserError: bad input, before any work.
+    """
+
+    def __init__(
+        self, model: str, recipe: str | Path | VisionRecipe = "int8", output: str | Path | None = None,
+        options: VisionOptions | None = None, *, overrides: Sequence[str] = (), force: bool = False,
+    ) -> None:  # fmt: skip
+        self.recipe = recipe if isinstance(recipe, VisionRecipe) else VisionRecipe.load(recipe, overrides)
+        self.options, self.force = options or VisionOptions(), force
+        short = Path(model).resolve().name if Path(model).exists() else model.replace(":", "-")
+        self.output = Path("compressed") / f"{short}-{self.recipe.name}" if output is None else Path(output)
+        check_output(self.output, force)
+        self.network: Network = open_network(model)
+        check_output(self.output, force, self.network.folder)
+        o, folder = self.options, self.network.folder
+        normal = folder / "preprocessor_config.json" if folder else None
+        self.data: ImageSet = read_images(o.data, o.samples, o.seed, o.image_size or self.network.image_size, normal)
+        self.images = self.data.calibration(o.samples, o.seed)
+        found = takes_images(self.network.module, self.images.pixels[:PROBE], model)
+        labels = self.data.test.labels
+        if labels is not None and int(labels.max()) >= found.shape[1]:
+            raise UserError(f"has {found.shape[1]} classes and the data {int(labels.max()) + 1}", model, "check --data")
+
+    def plan(self) -> dict[str, Any]:
+        """What would be done: layers in order of execution, their shapes, and what does not fit. Writes nothing."""
+        module = copy.deepcopy(self.network.module)
+        folded = fold_norms(module, self.images.pixels[:PROBE]) if self.recipe.batchnorm == "fold" else Folded()
+        layers = [
+            {"name": m.label, "shape": list(m.shape), "groups": m.groups, "targeted": self.recipe.targets(m.name)}
+            for group in input_groups(module, self.images.pixels[:1]) for m in group.matrices
+        ]  # fmt: skip
+        return {
+            "model": self.network.name, "recipe": self.recipe.tree, "output": str(self.output),
+            "images": {"calibration": len(self.images), "held out": len(self.data.test)},
+            "layers": layers, "norms folded": len(folded.pairs), "norms kept": folded.refused,
+        }  # fmt: skip
+
+    def execute(self, progress: Progress | None = None, command: str = "") -> VisionReport:
+        """Compresses, judges and publishes."""
+        progress, phases, o = progress or Progress(silent=True), Phases(), self.options
+        dense = self.network.module
+        needed = 2 * sum(p.numel() * 4 for p in dense.parameters())
+        check_disk_space(self.output, needed)
+        found = compress_vision(
+            dense, self.images.batches(o.batch), self.recipe, options=o, labels=self.images.labels,
+            name=self.network.name, phases=phases, progress=progress,
+        )  # fmt: skip
+        report = found.report
+        report.data = {"source": o.data, "calibration": len(self.images), "held out": len(self.data.test)}
+        if o.evaluate:
+            with phases("evaluate"):
+                self._judge(found.module, report)
+        with self._partial() as folder:
+            with phases("write"):
+                origin = self.network.origin or origin_of(dense)
+                after = save_network(folder, found.module, origin, found.folded, dense)
+                before = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
+                report.size_bytes = {"before": before, "after": after}
+            report.seconds_by_phase, report.seconds = phases.seconds, phases.total
+            report.peak_memory_bytes, report.output = peak_memory_bytes(), str(self.output)
+            self._describe(folder, report, command)
+        return report
+
+    def _judge(self, module: nn.Module, report: VisionReport) -> None:
+        test = self.data.test
+        before, after = all_logits(self.network.module, test), all_logits(module, test)
+        report.accuracy = {"before": accuracy(before, test.labels), "after": accuracy(after, test.labels)}
+        report.agreement = float((before.argmax(1) == after.argmax(1)).float().mean())
+        report.logit_error = float((after - before).square().sum() / before.square().sum().clamp(min=1e-30))
+
+    def _describe(self, folder: Path, report: VisionReport, command: str) -> None:
+        texts = {"report.json": report.to_json() + "\n", "recipe.yaml": self.recipe.to_yaml()}
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+        record = {
+            "kind": "vision", "model": report.model, "recipe": {"name": self.recipe.name, "hash": self.recipe.hash},
+            "command": command, "seed": report.seed, "versions": report.versions, "sha256": hashes,
+        }  # fmt: skip
+        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _partial(self) -> _Partial:
+        return _Partial(self.output, self.force)
+
+
+class _Partial:
+    """A folder that takes its name only when it is complete."""
+
+    def __init__(self, output: Path, force: bool) -> None:
+        self.output, self.force = output, force
+        self.folder = output.parent / f".{output.name}.{os.getpid()}"
+
+    def __enter__(self) -> Path:
+        try:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise Fault(f"cannot be written ({error.strerror})", str(self.folder), "choose another --output") from None
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            check_output(self.output, self.force)
+            if self.output.exists():
+                shutil.rmtree(self.output)
+            self.folder.rename(self.output)
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise Fault(f"cannot be written ({error.strerror})", str(self.output), "free some space") from None
