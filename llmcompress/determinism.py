@@ -31,6 +31,11 @@ def determinism(recipe: Recipe, device: str, threads: int, processes: int = 1) -
     return f"the same bytes with {threads} thread{'s' * (threads != 1)}{shared}{why}"
 
 
-def threads_of(recipe: Recipe) -> int:
-    """Of this process, where they matter; 0 where they do not."""
-    return torch.get_num_threads() if hangs_on_threads(recipe) else 0
+def arithmetic(dtype: torch.dtype, device: str, recipe: Recipe, processes: int) -> str:
+    """What a run computes in, on and with, as far as its bytes hang on that."""
+    parts = [f"{dtype} on {device}"]
+    if device == "cpu" and hangs_on_threads(recipe):
+        parts.append(f"threads: {torch.get_num_threads()}")
+    if processes > 1:
+        parts.append(f"processes: {processes}")
+    return ", ".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,15 +14,15 @@ from torch import Tensor
 from llmcompress.annealing import Annealing, searched, with_ratios
 from llmcompress.arithmetic import choose_device, choose_dtype
 from llmcompress.calibration import Calibration, digest, evaluation_rows, token_rows
-from llmcompress.determinism import determinism, threads_of
+from llmcompress.determinism import arithmetic, determinism
 from llmcompress.distributed import Team
 from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.card import model_card
-from llmcompress.export.checkpoint import CheckpointWriter, sha256
+from llmcompress.export.checkpoint import CheckpointWriter
 from llmcompress.export.companions import COMPANIONS, REMOTE_CODE, companions
 from llmcompress.export.destination import RECORD, check_disk_space, sync
-from llmcompress.export.quantized import Scheme, quantization_config, storage_note
+from llmcompress.export.quantized import Scheme, storage_note
 from llmcompress.hidden_states import kept_bytes
 from llmcompress.identity import differences, hashed_files, identity
 from llmcompress.keeper import Keeper, follow
@@ -32,18 +31,20 @@ from llmcompress.measure import Phases, peak_memory_bytes, versions
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.locate import locate
+from llmcompress.needs import samples_needed, warm_up
 from llmcompress.options import Options
 from llmcompress.plan import check_fit, estimate_size, without_misfits
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.recompress import Recompression
+from llmcompress.record import new_record, small_files
 from llmcompress.recover import recover
 from llmcompress.report import Report
 from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, removable, restructure
 from llmcompress.resume import KeptBlock, Workplace, folder_of
 from llmcompress.sampling import self_samples
 from llmcompress.savings import savings
-from llmcompress.walk import Walk, samples_needed, warm_up
+from llmcompress.walk import Walk
 
 #: sequences of the model's own samples on which the result is judged if no text is given, and their seed's offset
 HELD_OUT_SAMPLES = 16
@@ -142,8 +143,7 @@ class Run:
         if self.options.on_misfit == "skip":
             recipe, _ = without_misfits(recipe, dense)
         if tokens is not None:
-            work = Workplace(target)
-            follow(self._new_walk(dense, recipe.blockwise, tokens, work), work)
+            follow(self._new_walk(dense, recipe.blockwise, tokens, work := Workplace(target)), work)
         return Report(model=self.source.name, recipe=self.recipe.name, output=str(target))
 
     def _new_walk(self, dense: BlockwiseModel, recipe: Recipe, tokens: Tensor, work: Workplace) -> Walk:
@@ -188,8 +188,10 @@ class Run:
             saved = savings(schemes.values(), self.recipe.sparsity, bool(report.structure))
             report.savings = [asdict(saving) for saving in saved]
             patterns = COMPANIONS + (REMOTE_CODE if self.options.trust_remote_code else ())
-            files = self._files(start, schemes, writer, report, work, patterns)
-            writer.seal(files, source.folder, patterns)
+            record = new_record(report, self.recipe, self.options.calibration_rows, writer.hashes)
+            record |= {"command": work.command, "run": self._identity()}
+            copied = {path.relative_to(source.folder): path for path in companions(source.folder, patterns)}
+            writer.seal(small_files(start, schemes, self.recipe, record, copied), source.folder, patterns)
             report.size_bytes = {"before": source.checkpoint.size_bytes, "after": writer.total_bytes}
             if eval_tokens is not None:
                 self._evaluate(dense, Checkpoint(writer.partial), eval_tokens, report)
@@ -209,12 +211,8 @@ class Run:
         if self._known is None:
             files = len(hashed_files(source.checkpoint, self.options))
             with self.phases("hash"), self.progress.phase("hashing the model", files, "file") as advance:
-                threads = threads_of(self._asked) if source.device == "cpu" else 0
-                arithmetic = f"{source.dtype} on {source.device}" + (f", threads: {threads}" if threads else "")
-                arithmetic += f", processes: {self.team.size}" if self.team.size > 1 else ""
-                self._known = identity(
-                    source.name, source.checkpoint, self._asked, self.options, arithmetic, advance
-                )  # fmt: skip
+                where = arithmetic(source.dtype, source.device, self._asked, self.team.size)
+                self._known = identity(source.name, source.checkpoint, self._asked, self.options, where, advance)
         return self._known
 
     def _finished(self, target: Path) -> Report | None:
@@ -309,7 +307,7 @@ class Run:
         judged: dict[str, Any] = {}
         if eval_tokens is not None:
             seed = o.seed + HELD_OUT_SEED * (o.eval_text is None)
-            rows = asdict(Calibration(o.eval_text or "self", *eval_tokens.shape, seed))
+            rows = asdict(Calibration(o.eval_text or "self", len(eval_tokens), eval_tokens.shape[1], seed))
             judged = rows | {"sha256": digest(eval_tokens)}
         return Report(
             model=self.source.name,
@@ -320,43 +318,3 @@ class Run:
             evaluation=judged,
             determinism=determinism(self.recipe, self.source.device, torch.get_num_threads(), self.team.size),
         )
-
-    def _files(
-        self, dense: BlockwiseModel, schemes: dict[str, Scheme], writer: CheckpointWriter, report: Report,
-        work: Workplace, patterns: tuple[str, ...],
-    ) -> dict[str, str]:  # fmt: skip
-        config = dict(dense.checkpoint.config)
-        if schemes:
-            stored = {dense.stored_name(name): scheme for name, scheme in schemes.items()}
-            linears = [dense.stored_name(name) for name in dense.linears]
-            config["quantization_config"] = quantization_config(stored, linears, bool(self.recipe.kv_cache))
-        # what the input says stays as it is: Infinity, which some have, and halves of surrogates
-        files = {"config.json": json.dumps(config, indent=2) + "\n", "recipe.yaml": self.recipe.to_yaml()}
-        record = self._record(writer, report) | {"command": work.command, "run": self._identity()}
-        copied = companions(self.source.folder, patterns)
-        record["sha256"] |= {file.relative_to(self.source.folder).as_posix(): sha256(file) for file in copied}
-        record["sha256"] |= {name: hashlib.sha256(content.encode()).hexdigest() for name, content in files.items()}
-        return files | {RECORD: _json(record)}
-
-    def _record(self, writer: CheckpointWriter, report: Report) -> dict[str, Any]:
-        """What the folder says about itself: pattern and counts per matrix, versions, seed, hashes."""
-        sparsity = self.recipe.sparsity
-        return {
-            "model": report.model,
-            "recipe": {"name": self.recipe.name, "hash": self.recipe.hash},
-            "command": "",  # stands here, and is the first command's of a run that was gone on with
-            "seed": report.seed,
-            "versions": report.versions,
-            "calibration": asdict(self.options.calibration_rows),
-            "pattern": str(sparsity) if sparsity else "dense",
-            "structure": report.structure,
-            "matrices": {
-                m.name: {"shape": list(m.shape), "zeros": round(m.sparsity * m.weights), "bits": m.bits}
-                for m in report.matrices
-            },
-            "sha256": writer.hashes,
-        }
-
-
-def _json(tree: object) -> str:
-    return json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

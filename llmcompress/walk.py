@@ -19,20 +19,21 @@ from torch import Tensor
 
 from llmcompress.commit import Outcome, relative_errors
 from llmcompress.core.grid import Levels, QuantGrid
-from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
+from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.profile import channel_peaks, described
 from llmcompress.core.stats import InputStats
 from llmcompress.distributed import ALONE, Team
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
 from llmcompress.hidden_states import digest
-from llmcompress.lane import ERROR_ROWS, PROBE_TOKENS, Lane, require_finite, sample
+from llmcompress.lane import PROBE_TOKENS, Lane, require_finite, sample
 from llmcompress.measure import Phases, peak_memory_bytes, release_freed_memory
 from llmcompress.methods.uncalibrated import aimed_at_compressed, steadied, without_rows
 from llmcompress.methods.unrounded import keeping_unrounded
 from llmcompress.model.checkpoint import require_no_overflow
 from llmcompress.model.groups import BlockMap, InputGroup, map_block
 from llmcompress.model.load import BlockwiseModel
+from llmcompress.needs import needs_of, samples_needed
 from llmcompress.offload import parked_in
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
@@ -97,7 +98,7 @@ class Walk:
         self.progress = progress or Progress(silent=True)
         self.progress.total_blocks = len(model.blocks)
         self.warnings: list[str] = []
-        self._needs = _needs(recipe)
+        self._needs = needs_of(recipe)
         used = tokens[: samples_needed(recipe, *tokens.shape)]
         self.samples, self.tokens, self._probe = len(used), team.share(used), used[:1, :PROBE_TOKENS]
         self.team = team
@@ -313,35 +314,6 @@ class Walk:
                 work = [self._serve(part, [[]], outcome, report) for part in groups[number].parts()][-1]
                 if self.recipe.propagate not in ("pruned", "dense"):
                     self._round_from_now_on(way, number, work)
-
-
-def samples_needed(recipe: Recipe, samples: int, length: int) -> int:
-    """How many of ``samples`` rows of ``length`` tokens a recipe uses: steps that need no statistics need no more than
-    the errors are measured on."""
-    return samples if _needs(recipe) else min(samples, -(-ERROR_ROWS // length))
-
-
-def warm_up(recipe: Recipe, width: int) -> None:
-    """Runs the recipe's steps once on a few random rows and outputs, so that compiled kernels are ready (and announced
-    as what they are) before the first block.
-
-    Args:
-        width: input columns, such as the recipe's patterns and groups divide.
-    """
-    rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
-    stats = InputStats(width, _needs(recipe), length=16)
-    stats.update(rows, rows)
-    run_methods(recipe.methods, MatrixGroup([Matrix("warm-up", rows[:16].clone())]), stats)
-
-
-def _needs(recipe: Recipe) -> frozenset[str]:
-    """Statistics that the steps ask for, up to the first one that gathers its own."""
-    needs: frozenset[str] = frozenset()
-    for method in recipe.methods:
-        needs |= method.needs
-        if method.stage == "clip":
-            break
-    return needs
 
 
 def _rounding(grid: QuantGrid, levels: Levels | None = None) -> Rounding:

@@ -9,7 +9,6 @@ finished once it is forced to disk; a writer can begin with the finished shards 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from llmcompress.errors import UserError
 from llmcompress.export.companions import COMPANIONS, companions
-from llmcompress.export.destination import check_output, remove_abandoned, remove_empty, sync
+from llmcompress.export.destination import check_output, remove_abandoned, remove_empty, sha256, sync
 
 SHARD_BYTES = 5_000_000_000
 """A larger ``add`` is split: the size hubs and loaders are used to."""
@@ -313,12 +312,3 @@ def _plain(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Ten
         plain[name] = tensor.clone() if shared else tensor
         seen.add(storage.data_ptr())
     return plain
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,0 +1,39 @@
+"""What a recipe asks for before its walk begins: statistics, calibration rows, compiled kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from llmcompress.core.group import Matrix, MatrixGroup, run_methods
+from llmcompress.core.stats import InputStats
+from llmcompress.lane import ERROR_ROWS
+from llmcompress.recipe import Recipe
+
+
+def samples_needed(recipe: Recipe, samples: int, length: int) -> int:
+    """How many of ``samples`` rows of ``length`` tokens a recipe uses: steps that need no statistics need no more than
+    the errors are measured on."""
+    return samples if needs_of(recipe) else min(samples, -(-ERROR_ROWS // length))
+
+
+def warm_up(recipe: Recipe, width: int) -> None:
+    """Runs the recipe's steps once on a few random rows and outputs, so that compiled kernels are ready (and announced
+    as what they are) before the first block.
+
+    Args:
+        width: input columns, such as the recipe's patterns and groups divide.
+    """
+    rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    stats = InputStats(width, needs_of(recipe), length=16)
+    stats.update(rows, rows)
+    run_methods(recipe.methods, MatrixGroup([Matrix("warm-up", rows[:16].clone())]), stats)
+
+
+def needs_of(recipe: Recipe) -> frozenset[str]:
+    """Statistics that the steps ask for, up to the first one that gathers its own."""
+    needs: frozenset[str] = frozenset()
+    for method in recipe.methods:
+        needs |= method.needs
+        if method.stage == "clip":
+            break
+    return needs
