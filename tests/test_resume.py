@@ -92,14 +92,17 @@ def test_a_run_that_is_killed_at_20_random_moments_ends_in_the_same_bytes(
     seconds = time.perf_counter() - began
     moments: list[dict[str, Any]] = [{"at": at} for at in drawn.sample(range(1, number + 1), KILLS)]
     moments += [{"after": drawn.uniform(0, seconds)} for _ in range(KILLS)]
-    killed = 0
+    killed = compared = 0
     for index, moment in enumerate(moments):
         arguments = (source, JSQ, tmp_path / str(index) / "out", OPTIONS)
         killed += killing.run(arguments, **moment) == -9
         compress(*arguments, resume=True)
-        assert contents(tmp_path / str(index) / "out") == expected, moment
+        found = contents(tmp_path / str(index) / "out")
+        assert found == expected, moment
+        compared += sum(len(content) for content in found.values())
         assert [path.name for path in (tmp_path / str(index)).iterdir()] == ["out"]
     assert killed >= KILLS
+    print(f"{killed} of {len(moments)} runs were killed, {compared} bytes compared")
 
 
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(

@@ -298,7 +298,7 @@ def test_disk_space_is_refused_above_what_is_free(tmp_path):
 
 
 def test_tokenizer_files_travel_and_weights_do_not(tmp_path):
-    source = tmp_path / "source"
+    source = tmp_path / "snapshots" / "source"
     (source / "additional_chat_templates").mkdir(parents=True)
     carried = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "LICENSE"]
     carried += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"]
@@ -307,8 +307,9 @@ def test_tokenizer_files_travel_and_weights_do_not(tmp_path):
     for name in [*carried, *left, "modeling_own.py"]:
         (source / name).write_text(name)
     (source / "tokenizer.json").unlink()
-    (tmp_path / "blob").write_text("tokenizer.json")
-    (source / "tokenizer.json").symlink_to(tmp_path / "blob")  # as in the hub's cache
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0123").write_text("tokenizer.json")
+    (source / "tokenizer.json").symlink_to(tmp_path / "blobs" / "0123")  # as in the hub's cache
     with CheckpointWriter(tmp_path / "out") as writer:
         writer.add({"a": torch.zeros(1)})
         writer.finish(FILES | {"generation_config.json": "ours"}, source)
