@@ -266,7 +266,8 @@ def _words(error: BaseException) -> str:
 
 
 def _scheme(tree: dict[str, Any]) -> Scheme:
-    return Scheme(**{name: QuantGrid(**part) if isinstance(part, dict) else part for name, part in tree.items()})
+    parts: dict[str, Any] = {name: QuantGrid(**part) if isinstance(part, dict) else part for name, part in tree.items()}
+    return Scheme(**parts)
 
 
 def _plain(value: Any) -> Any:
