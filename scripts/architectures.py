@@ -1,7 +1,8 @@
 """Compresses a tiny random model of every architecture in `tests.architectures`, and tells how each came back.
 
     python -m scripts.architectures
-    python -m scripts.architectures --only mixtral gpt_oss --print
+    python -m scripts.architectures --only mixtral gpt_oss          # renews these rows
+    python -m scripts.architectures --only mixtral gpt_oss --print  # shows them
 
 Three recipes each: `jsq` (W8A8, half of the weights zero), `gptq-w4a16` (groups of 8, as the models are 32 wide) and
 smoothing alone, whose result must compute what the dense model computes. The folder is read by plain transformers
@@ -275,6 +276,9 @@ def main() -> None:
     if arguments.print:
         print(markdown(rows))
         return
+    if rows.keys() != ALL.keys():
+        rows = {name: row for name, row in (table() | rows).items() if name in ALL}
+    rows = {name: rows[name] for name in ALL}
     (RESULTS / "architectures.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "architectures.md").write_text(markdown(rows), encoding="utf-8")
 

@@ -10,18 +10,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def unpacks(network: PreTrainedModel, blocks: Iterable[nn.Module]) -> bool:
+def unpacks(network: PreTrainedModel, blocks: Iterable[nn.Module], dense: Iterable[str] = ()) -> bool:
     """Whether transformers can load packed weights of this architecture. Falcon's initialization fails on them.
 
     Args:
         blocks: of the network, empty; every kind of block should be among them.
+        dense: names of the matrices that will not be packed.
     """
-    return not any(_fails(network, block) for block in blocks)
+    spared = [network.get_submodule(name) for name in dense]
+    return not any(_fails(network, block, spared) for block in blocks)
 
 
-def _fails(network: PreTrainedModel, block: nn.Module) -> bool:
+def _fails(network: PreTrainedModel, block: nn.Module, spared: list[nn.Module]) -> bool:
+    own = {name for name, module in block.named_modules() if any(module is other for other in spared)}
     twin = copy.deepcopy(block)
-    for linear in (module for module in twin.modules() if isinstance(module, nn.Linear)):
+    for name, linear in twin.named_modules():
+        if not isinstance(linear, nn.Linear) or name in own:
+            continue
         linear._parameters = {key: p for key, p in linear._parameters.items() if key != "weight"}
     for module in twin.modules():
         try:

@@ -67,7 +67,7 @@ class BlockwiseModel:
         self.source_names, self.cuts = names.by_parameter, names.cuts
         self.joins = any(len(sources) > 1 for sources in self.source_names.values())
         self.blocks = [Block(name, module) for name, module in find_blocks(self.model)]
-        self.unpacks = unpacks(self.model, [self.blocks[0].module, self.blocks[-1].module])
+        self.unpacks = unpacks(self.model, [self.blocks[0].module, self.blocks[-1].module], self.routers)
         self.schemes = self._read_schemes()
         self.input_levels: dict[str, Levels] = {}
         self._require_complete()
