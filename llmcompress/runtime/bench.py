@@ -145,7 +145,7 @@ def measure_once(variant: Variant) -> Round:
         UserError: as `measure_in_turn`.
     """
     job = json.dumps(asdict(variant.job))
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     if variant.job.threads:
         environment["OMP_NUM_THREADS"] = str(variant.job.threads)
     done = subprocess.run(

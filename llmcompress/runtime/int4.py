@@ -53,32 +53,28 @@ class W4A16Linear(nn.Module):
         bias: (out,), or None.
     """
 
-    packed: Tensor
-    levels: Tensor
-
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Scheme, bias: nn.Parameter | None) -> None:
         super().__init__()
         stored = unpack(tensors, scheme)
         self.out_features, self.in_features = stored.codes.shape
         self.scheme, self.bias = scheme, bias
         self.group = _kernel_group(scheme, self.in_features)
-        packed = [_packed(part) for part in stored.codes.split(_PACKED_ROWS)]
-        self.register_buffer("packed", torch.cat(packed), persistent=False)
-        levels = _kernel_levels(stored.levels, self.out_features, self.in_features // self.group)
-        self.register_buffer("levels", levels, persistent=False)
+        # Plain attributes, not buffers: in decoding, looking those up is a good part of what surrounds a product.
+        self.packed = torch.cat([_packed(part) for part in stored.codes.split(_PACKED_ROWS)])
+        self.levels = _kernel_levels(stored.levels, self.out_features, self.in_features // self.group)
+        self._product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         self.tiled = self.out_features % BLOCK == 0 and layout_is_known()
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) floating → (…, out) of the same dtype."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+        """(…, in) floating → (…, out) of the same dtype. No gradient passes."""
+        rows = x.detach().reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
         if self.tiled and len(rows) >= TILE_TOKENS:
             y = self._by_tiles(rows)
         else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group, self.levels)
+            y = self._product(rows, self.packed, self.group, self.levels)
         y = y.to(x.dtype)
         if self.bias is not None:
-            y += self.bias
+            y += self.bias.detach()
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.scheme.outputs is None else self.scheme.outputs.round_activations(y)
 

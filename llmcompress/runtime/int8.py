@@ -47,42 +47,51 @@ class W8A8Linear(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], scheme: Scheme, bias: nn.Parameter | None) -> None:
         super().__init__()
-        stored = unpack(tensors, scheme)
+        assert scheme.activations is not None
+        stored, grid = unpack(tensors, scheme), scheme.activations
         self.out_features, self.in_features = stored.codes.shape
         self.scheme, self.bias = scheme, bias
         self.input_levels: Levels | None = unpack_activations(tensors)
-        scale = stored.levels.scale.expand(self.out_features, 1).flatten().contiguous()
-        self.register_buffer("weight_scale", scale, persistent=False)
-        self.register_buffer("zero_points", torch.zeros(self.out_features, dtype=torch.int64), persistent=False)
-        sums = None
-        if scheme.activations is not None and not scheme.activations.symmetric:
-            sums = stored.codes.sum(1, dtype=torch.int32).float().mul_(scale)
-        self.register_buffer("row_sums", sums, persistent=False)
+        self.fused = grid.symmetric and grid.dynamic and grid.group == "token"
+        # Plain attributes, not buffers: in decoding, looking those up is a good part of what surrounds a product.
+        self.weight_scale = stored.levels.scale.expand(self.out_features, 1).flatten().contiguous()
+        self.zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+        self.row_sums: Tensor | None = None
+        if not grid.symmetric:
+            self.row_sums = stored.codes.sum(1, dtype=torch.int32).float().mul_(self.weight_scale)
         self.packed = torch.ops.onednn.qlinear_prepack(stored.codes, None)
+        self._product = torch.ops.onednn.qlinear_pointwise.default
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) floating → (…, out) of the same dtype."""
-        rows = x.reshape(-1, self.in_features)
+        """(…, in) floating → (…, out) of the same dtype. No gradient passes."""
+        rows = x.detach().reshape(-1, self.in_features)
         codes, scales, zeros = self._input_codes(rows)
-        sums = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, ZERO_POINT, self.packed, self.weight_scale, self.zero_points, None,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
-        if zeros is not None:
-            sums.addr_(zeros.flatten(), self.row_sums, alpha=-1)
-        y = scaled_rows(sums, scales, x.dtype)
+        if len(rows) == 1 and zeros is None:  # one scale: the kernel multiplies by it, and rounds
+            y = self._multiply(codes, float(scales), x.dtype if x.dtype == torch.bfloat16 else torch.float32).to(
+                x.dtype
+            )
+        else:
+            sums = self._multiply(codes, 1.0, torch.float32)
+            if zeros is not None:
+                sums.addr_(zeros.flatten(), self.row_sums, alpha=-1)
+            y = scaled_rows(sums, scales, x.dtype)
         if self.bias is not None:
-            y += self.bias
+            y += self.bias.detach()
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.scheme.outputs is None else self.scheme.outputs.round_activations(y)
+
+    def _multiply(self, codes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """(T, out) in ``dtype``: sums over unsigned codes less ZERO_POINT, times ``scale`` and the weights' scales."""
+        return self._product(
+            codes, scale, ZERO_POINT, self.packed, self.weight_scale, self.zero_points, None,
+            1.0, 0, dtype, "none", [], "",
+        )  # fmt: skip
 
     def _input_codes(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Unsigned codes (T, in), scales (T, 1) and, of asymmetric grids, zero points (T, 1)."""
         grid = self.scheme.activations
         assert grid is not None
-        fused = grid.symmetric and grid.dynamic and grid.group == "token"
-        if fused and rows.dtype in (torch.bfloat16, torch.float32):
+        if self.fused and rows.dtype in (torch.bfloat16, torch.float32):
             codes, scales = row_codes(rows.contiguous(), grid.bits)
             return codes, scales, None
         return _codes_on(grid, rows, self.input_levels)
