@@ -72,7 +72,7 @@ class W8A8Linear(nn.Module):
             )
         else:
             sums = self._multiply(codes, 1.0, torch.float32)
-            if zeros is not None:
+            if zeros is not None and self.row_sums is not None:
                 sums.addr_(zeros.flatten(), self.row_sums, alpha=-1)
             y = scaled_rows(sums, scales, x.dtype)
         if self.bias is not None:
