@@ -23,6 +23,7 @@ def run(arguments: Sequence[str]) -> int:
         image_size=options.image_size,
         seed=options.seed,
         evaluate=not options.no_eval,
+        recover_epochs=options.recover_epochs,
         on_misfit=options.on_misfit,
     )
     work = VisionRun(
@@ -70,6 +71,8 @@ def _parser() -> Parser:
     add("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
     add("--on-misfit", default="skip", choices=["refuse", "skip"],
         help="what a pattern or group does not divide: leave it dense (default), or refuse it")  # fmt: skip
+    add("--recover-epochs", type=int, default=0, metavar="N",
+        help="train N epochs after channels went, to say what the dense network says (default: 0)")  # fmt: skip
     add("--no-eval", action="store_true", help="skip the evaluation")
     add("--force", action="store_true", help="replace an output folder this program wrote before")
     add("--dry-run", action="store_true", help="print what would be done, and write nothing")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llmcompress.vision.recipe import VisionRecipe
-from llmcompress.vision.run import Compressed, VisionOptions, VisionRun, compress_vision
+from llmcompress.vision.run import VisionRun
+from llmcompress.vision.steps import Compressed, VisionOptions, compress_vision
 from llmcompress.vision.storage import load_vision
 
 __all__ = ["Compressed", "VisionOptions", "VisionRecipe", "VisionRun", "compress_vision", "load_vision"]

@@ -36,6 +36,11 @@ class Space:
     width: int
     weights: int
 
+    @property
+    def channels(self) -> int:
+        """Of the first layer."""
+        return len(self.units) * self.width
+
     def kept(self, share: float, multiple: int) -> int:
         """Units that stay where ``share`` of them should: a multiple of ``multiple`` channels, at least one unit."""
         channels = share * len(self.units) * self.width

@@ -1,10 +1,7 @@
-"""What a network is worth on images, and what it costs: accuracy, agreement, multiplications, latency."""
+"""What a network is worth on images, and what it costs: accuracy, multiplications."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,17 +42,3 @@ def multiplications(module: nn.Module, x: Tensor) -> int:
         for hook in hooks:
             hook.remove()
     return total
-
-
-@torch.no_grad()
-def latencies(calls: Sequence[Callable[[], object]], rounds: int = 15) -> list[float]:
-    """Milliseconds of each call: the median over rounds in which the calls take turns, after a round to warm up."""
-    for call in calls:
-        call()
-    found: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for number, call in enumerate(calls):
-            began = time.perf_counter()
-            call()
-            found[number].append(1e3 * (time.perf_counter() - began))
-    return [statistics.median(times) for times in found]

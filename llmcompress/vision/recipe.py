@@ -4,7 +4,6 @@
 channels: {importance: l2, ratio: 0.5, multiple: 8}   # whole channels go first
 scores: {score: taylor, scope: global, sparsity: 0.5}  # a mask from gradients or magnitudes over the whole network
 batchnorm: fold                                        # fold, keep or reestimate
-equalize: false                                        # ranges of consecutive layers
 stages: [...]                                          # as in other recipes; may be left out
 bias_correction: true
 ```"""
@@ -41,30 +40,19 @@ class ChannelOptions:
         importance: how channels are compared (see `llmcompress.vision.importance`).
         multiple: a space keeps a multiple of so many, unless it has fewer.
         rounds: one-shot, or so many times a part, importances renewed in between.
-        repair: solve for the weights of the layers that read what is left, by least squares on the calibration images.
-        soft: epochs in which channels chosen anew are zeroed and may grow back, before they go.
-        latency: target as a share of the dense network's measured latency; then ``ratio`` is not used, and every space
-            keeps what an exact allocation gives it.
     """
 
     ratio: float = 0.5
-    importance: Literal["l1", "l2", "bn", "taylor", "taylor_bn", "apoz", "thinet", "lasso", "random"] = "l2"
+    importance: Literal["l1", "l2", "bn", "taylor", "taylor_bn", "random"] = "l2"
     multiple: int = 8
     rounds: int = 1
-    repair: bool = False
-    soft: int = 0
-    latency: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise UserError(f"{self.ratio:g} is outside (0, 1)", "channels.ratio", "write a share such as 0.5")
-        if self.latency is not None and not 0 < self.latency < 1:
-            raise UserError(f"{self.latency:g} is outside (0, 1)", "channels.latency", "write a share such as 0.5")
         for key in ("multiple", "rounds"):
             if getattr(self, key) < 1:
                 raise UserError(f"{getattr(self, key)} is not positive", f"channels.{key}", "use 1 or more")
-        if self.soft < 0:
-            raise UserError(f"{self.soft} epochs", "channels.soft", "use 0 or more")
 
 
 @dataclass(frozen=True)
@@ -95,9 +83,7 @@ class VisionRecipe:
         core: stages and targets; None where there are no stages.
         channels, scores: see their classes; None to leave out.
         batchnorm: ``fold`` into the convolutions, ``keep``, or keep and ``reestimate`` on the calibration images.
-        equalize: ranges of consecutive layers (Nagel et al., 2019), after folding.
         bias_correction: biases take up the mean of what pruning and rounding change.
-        mixed: weight bits to choose from for each layer, and mean bits to meet; None for the same everywhere.
         description: one line.
         tree: the mapping it was read from, with overrides.
     """
@@ -107,9 +93,7 @@ class VisionRecipe:
     channels: ChannelOptions | None = None
     scores: ScoreOptions | None = None
     batchnorm: str = "fold"
-    equalize: bool = False
     bias_correction: bool = True
-    mixed: MixedOptions | None = None
     description: str = ""
     tree: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -148,14 +132,12 @@ class VisionRecipe:
         if core is not None:
             tree["stages"] = core.to_tree()["stages"]
         made = {key: _section(kind, tree.get(key), key, where) for key, kind in _SECTIONS.items()}
-        plain = {key: tree[key] for key in ("batchnorm", "equalize", "bias_correction") if key in tree}
-        hints = {"batchnorm": Literal["fold", "keep", "reestimate"], "equalize": bool, "bias_correction": bool}
+        plain = {key: tree[key] for key in ("batchnorm", "bias_correction") if key in tree}
+        hints = {"batchnorm": Literal["fold", "keep", "reestimate"], "bias_correction": bool}
         plain = {key: converted(value, hints[key], key, where) for key, value in plain.items()}
         recipe = VisionRecipe(name, core, **made, **plain, description=str(tree.get("description", "")), tree=tree)  # type: ignore[arg-type]
         if core is None and recipe.channels is None and recipe.scores is None:
             raise UserError("does nothing", where, "add stages, channels or scores")
-        if recipe.mixed is not None and (core is None or core.grid is None):
-            raise UserError("mixes bits of a stage that is not there", f"{where}: mixed", "add a stage quantize")
         return recipe
 
     def to_yaml(self) -> str:
@@ -172,29 +154,7 @@ class VisionRecipe:
         return self.core is None or self.core.targets(name)
 
 
-@dataclass(frozen=True)
-class MixedOptions:
-    """Bits for each layer, chosen exactly for the least predicted loss.
-
-    Attributes:
-        mean: bits per weight over all quantized layers, at most.
-        choices: bits to choose from.
-        sensitivity: ``output`` error on the calibration images, or ``hawq``: the trace of the Hessian of the loss
-            times the squared rounding error (Dong et al., 2020, arXiv:1911.03852).
-    """
-
-    mean: float
-    choices: tuple[int, ...] = (2, 3, 4, 6, 8)
-    sensitivity: Literal["output", "hawq"] = "output"
-
-    def __post_init__(self) -> None:
-        if not self.choices or not all(2 <= bits <= 8 for bits in self.choices):
-            raise UserError(f"{list(self.choices)} are no bits to choose from", "mixed.choices", "use 2 to 8")
-        if self.mean < min(self.choices):
-            raise UserError(f"{self.mean:g} is below every choice", "mixed.mean", f"use {min(self.choices)} or more")
-
-
-_SECTIONS = {"channels": ChannelOptions, "scores": ScoreOptions, "mixed": MixedOptions}
+_SECTIONS = {"channels": ChannelOptions, "scores": ScoreOptions}
 
 
 def _taken(override: str, tree: dict[str, Any], known: list[str]) -> bool:

@@ -23,14 +23,11 @@ class VisionReport:
         parameters: ``before`` and ``after``.
         size_bytes: of the weights on disk, ``before`` and ``after``.
         macs: multiplications for one image, ``before`` and ``after``.
-        latency_ms: of one batch in float32, ``before`` and ``after``, and ``int8`` where integers can run it; measured
-            only when asked for or needed.
         seconds, seconds_by_phase, peak_memory_bytes: what the run cost.
         fold: pairs folded, norms that stay and why, relative change of the logits.
         channels: space → names of its layers, channels ``before`` and ``after``; empty without channel pruning.
         removal_error: relative difference of the smaller network and the one with those channels zeroed.
-        recovery: epochs, losses, accuracy before it; empty if there was none.
-        mixed: bits by layer and the mean; empty if there was no choice.
+        recovery: epochs and losses; empty if there was none.
         matrices: reports of the compressed matrices, in order of execution.
         warnings: what was skipped or degraded.
         output: folder.
@@ -47,7 +44,6 @@ class VisionReport:
     parameters: dict[str, int] = field(default_factory=dict)
     size_bytes: dict[str, int | None] = field(default_factory=lambda: {"before": None, "after": None})
     macs: dict[str, int] = field(default_factory=dict)
-    latency_ms: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
@@ -55,7 +51,6 @@ class VisionReport:
     channels: list[dict[str, Any]] = field(default_factory=list)
     removal_error: float | None = None
     recovery: dict[str, Any] = field(default_factory=dict)
-    mixed: dict[str, Any] = field(default_factory=dict)
     matrices: list[MatrixReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     output: str = ""
@@ -110,14 +105,6 @@ class VisionReport:
         if self.effective_bits is not None and self.sparsity is not None:
             rows.append(["bits per compressed weight", "32", f"{self.effective_bits:.2f}", ""])
             rows.append(["zeros in compressed weights", "", f"{self.sparsity:.1%}", ""])
-        latency = self.latency_ms
-        if latency:
-            rows.append(
-                ["latency of a batch, ms", f"{latency['before']:.2f}", f"{latency['after']:.2f}", change(latency)]
-            )
-            if latency.get("int8"):
-                pair = {"before": latency["before"], "after": latency["int8"]}
-                rows.append(["  run in int8, ms", "", f"{latency['int8']:.2f}", change(pair)])
         return rows
 
     def table(self) -> str:

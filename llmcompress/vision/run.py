@@ -7,166 +7,27 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmcompress.errors import Fault, UserError
 from llmcompress.export.destination import RECORD, check_disk_space, check_output
-from llmcompress.measure import Phases, peak_memory_bytes, versions
+from llmcompress.measure import Phases, peak_memory_bytes
 from llmcompress.progress import Progress
+from llmcompress.vision.channels import spaces
 from llmcompress.vision.fold import Folded, fold_norms
-from llmcompress.vision.images import Images, ImageSet, read_images
-from llmcompress.vision.judge import accuracy, all_logits, multiplications
+from llmcompress.vision.graph import channel_graph
+from llmcompress.vision.images import ImageSet, read_images
+from llmcompress.vision.judge import accuracy, all_logits
 from llmcompress.vision.network import Network, open_network, origin_of, takes_images
 from llmcompress.vision.recipe import VisionRecipe
 from llmcompress.vision.report import VisionReport
+from llmcompress.vision.steps import PROBE, VisionOptions, compress_vision
 from llmcompress.vision.storage import save_network
-from llmcompress.vision.walk import LayerWalk, input_groups
-
-#: images on which folds and removals are verified
-PROBE = 8
-
-
-@dataclass(frozen=True)
-class VisionOptions:
-    """Everything about a run but the network and the recipe.
-
-    Attributes:
-        data: ``digits``, a folder of classes, or an ``.npz``.
-        samples: images to calibrate on.
-        batch: images per micro-batch.
-        image_size: of a side, to which images of a folder are brought; 0 takes the network's own.
-        seed: of everything random.
-        evaluate: judge on held-out images.
-        on_misfit: what becomes of layers that a pattern or group does not divide: ``skip`` or ``refuse``.
-    """
-
-    data: str = "digits"
-    samples: int = 512
-    batch: int = 64
-    image_size: int = 0
-    seed: int = 0
-    evaluate: bool = True
-    on_misfit: str = "skip"
-
-    def __post_init__(self) -> None:
-        for key in ("samples", "batch"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{getattr(self, key)} is not positive", f"--{key}", "use 1 or more")
-        if self.on_misfit not in ("skip", "refuse"):
-            raise UserError(f"unknown '{self.on_misfit}'", "--on-misfit", "use skip or refuse")
-        if self.image_size < 0:
-            raise UserError(f"{self.image_size} pixels", "--image-size", "use a positive number")
-
-
-@dataclass
-class Compressed:
-    """A compressed network in memory.
-
-    Attributes:
-        module: it; runs like any other module.
-        report: what it cost; figures of held-out images only where they were given.
-        folded: names of norms that are part of convolutions now.
-        masks: False where a weight was dropped, by layer name.
-    """
-
-    module: nn.Module
-    report: VisionReport
-    folded: list[str] = field(default_factory=list)
-    masks: dict[str, Tensor] = field(default_factory=dict)
-
-
-def compress_vision(
-    module: nn.Module,
-    batches: Iterable[Tensor],
-    recipe: str | Path | VisionRecipe = "int8",
-    *,
-    overrides: Iterable[str] = (),
-    options: VisionOptions | None = None,
-    labels: Tensor | None = None,
-    name: str = "",
-    phases: Phases | None = None,
-    progress: Progress | None = None,
-) -> Compressed:
-    """Compresses a network of Conv2d, Linear and BatchNorm.
-
-    Args:
-        module: any ``nn.Module`` from (N, C, H, W) to logits; it stays as it is.
-        batches: calibration images (n, C, H, W) float32.
-        recipe: name, YAML file or recipe.
-        overrides: ``stage.key=value`` changes of it.
-        options: seed, and what becomes of layers that do not fit; its ``data`` is not read.
-        labels: (N,) int64 of all calibration images, for scores from gradients.
-        name: for the report.
-        phases, progress: told of where the time goes.
-
-    Raises:
-        UserError: bad input; the module is unchanged.
-    """
-    found = list(batches)
-    if not found or any(x.dim() != 4 or not x.is_floating_point() for x in found):
-        raise UserError("batches are no (n, C, H, W) float tensors", "batches", "give calibration images")
-    recipe = recipe if isinstance(recipe, VisionRecipe) else VisionRecipe.load(recipe, overrides)
-    images = Images(torch.cat(found).float(), labels)
-    steps = _Steps(
-        module, images, recipe, options or VisionOptions(), phases or Phases(), progress or Progress(silent=True)
-    )
-    steps.report.model = name or type(module).__name__
-    return steps.run()
-
-
-class _Steps:
-    """The steps of one compression."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        images: Images,
-        recipe: VisionRecipe,
-        options: VisionOptions,
-        phases: Phases,
-        progress: Progress,
-    ) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.images, self.recipe, self.options = images, recipe, options
-        self.phases, self.progress = phases, progress
-        self.probe = images.pixels[:PROBE]
-        self.report = VisionReport("", recipe.name, options.seed, versions())
-
-    def run(self) -> Compressed:
-        takes_images(self.module, self.probe, "--data")
-        macs = multiplications(self.module, self.probe)
-        parameters = sum(p.numel() for p in self.module.parameters())
-        folded = self._fold()
-        result = self._walk()
-        self.report.macs = {"before": macs, "after": multiplications(self.module, self.probe)}
-        self.report.parameters = {"before": parameters, "after": sum(p.numel() for p in self.module.parameters())}
-        return Compressed(self.module, self.report, [norm for _, norm in folded.pairs], result)
-
-    def _fold(self) -> Folded:
-        if self.recipe.batchnorm != "fold":
-            return Folded()
-        with self.phases("fold"):
-            folded = fold_norms(self.module, self.probe)
-        self.report.fold = {"pairs": len(folded.pairs), "refused": folded.refused, "error": folded.error}
-        return folded
-
-    def _walk(self) -> dict[str, Tensor]:
-        if self.recipe.core is None:
-            return {}
-        batches = self.images.batches(self.options.batch)
-        walk = LayerWalk(self.module, batches, self.recipe, refuse=self.options.on_misfit == "refuse")
-        with self.phases("compress"), self.progress.phase("compressing", unit="layer") as advance:
-            for _ in walk.run():
-                advance(1)
-        self.report.matrices = walk.result.matrices
-        self.report.warnings += walk.result.warnings
-        return walk.result.masks
+from llmcompress.vision.walk import input_groups
 
 
 class VisionRun:
@@ -212,7 +73,12 @@ class VisionRun:
             {"name": m.label, "shape": list(m.shape), "groups": m.groups, "targeted": self.recipe.targets(m.name)}
             for group in input_groups(module, self.images.pixels[:1]) for m in group.matrices
         ]  # fmt: skip
+        graph_of = self.network.module
+        found = spaces(graph_of, channel_graph(graph_of, self.images.pixels[:2])) if self.recipe.channels else []
         return {
+            "spaces": [
+                {"name": s.name, "count": len(s.units), "weights": s.weights, "layers": list(s.layers)} for s in found
+            ],
             "model": self.network.name, "recipe": self.recipe.tree, "output": str(self.output),
             "images": {"calibration": len(self.images), "held out": len(self.data.test)},
             "layers": layers, "norms folded": len(folded.pairs), "norms kept": folded.refused,
@@ -226,7 +92,7 @@ class VisionRun:
         check_disk_space(self.output, needed)
         found = compress_vision(
             dense, self.images.batches(o.batch), self.recipe, options=o, labels=self.images.labels,
-            name=self.network.name, phases=phases, progress=progress,
+            train=self.data.train, name=self.network.name, phases=phases, progress=progress,
         )  # fmt: skip
         report = found.report
         report.data = {"source": o.data, "calibration": len(self.images), "held out": len(self.data.test)}

@@ -1,0 +1,227 @@
+"""The steps of one compression of a convolutional network, in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import UserError
+from llmcompress.measure import Phases, versions
+from llmcompress.progress import Progress
+from llmcompress.vision.channels import remove_checked, spaces
+from llmcompress.vision.fold import Folded, fold_norms
+from llmcompress.vision.graph import channel_graph
+from llmcompress.vision.images import Images
+from llmcompress.vision.importance import score_masks, unit_scores
+from llmcompress.vision.judge import multiplications
+from llmcompress.vision.network import takes_images
+from llmcompress.vision.recipe import VisionRecipe
+from llmcompress.vision.report import VisionReport
+from llmcompress.vision.tune import recover, reestimate
+from llmcompress.vision.walk import LayerWalk, input_groups
+
+#: images on which folds and removals are verified
+PROBE = 8
+
+
+@dataclass(frozen=True)
+class VisionOptions:
+    """Everything about a run but the network and the recipe.
+
+    Attributes:
+        data: ``digits``, a folder of classes, or an ``.npz``.
+        samples: images to calibrate on.
+        batch: images per micro-batch.
+        image_size: of a side, to which images of a folder are brought; 0 takes the network's own.
+        seed: of everything random.
+        evaluate: judge on held-out images.
+        recover_epochs: of training after channels went, to say what the dense network says; 0 for none.
+        on_misfit: what becomes of layers that a pattern or group does not divide: ``skip`` or ``refuse``.
+    """
+
+    data: str = "digits"
+    samples: int = 512
+    batch: int = 64
+    image_size: int = 0
+    seed: int = 0
+    evaluate: bool = True
+    recover_epochs: int = 0
+    on_misfit: str = "skip"
+
+    def __post_init__(self) -> None:
+        for key in ("samples", "batch"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{getattr(self, key)} is not positive", f"--{key}", "use 1 or more")
+        if self.on_misfit not in ("skip", "refuse"):
+            raise UserError(f"unknown '{self.on_misfit}'", "--on-misfit", "use skip or refuse")
+        if self.recover_epochs < 0:
+            raise UserError(f"{self.recover_epochs} epochs", "--recover-epochs", "use 0 or more")
+        if self.image_size < 0:
+            raise UserError(f"{self.image_size} pixels", "--image-size", "use a positive number")
+
+
+@dataclass
+class Compressed:
+    """A compressed network in memory.
+
+    Attributes:
+        module: it; runs like any other module.
+        report: what it cost; figures of held-out images only where they were given.
+        folded: names of norms that are part of convolutions now.
+        masks: False where a weight was dropped, by layer name.
+    """
+
+    module: nn.Module
+    report: VisionReport
+    folded: list[str] = field(default_factory=list)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+
+def compress_vision(
+    module: nn.Module,
+    batches: Iterable[Tensor],
+    recipe: str | Path | VisionRecipe = "int8",
+    *,
+    overrides: Iterable[str] = (),
+    options: VisionOptions | None = None,
+    labels: Tensor | None = None,
+    train: Images | None = None,
+    name: str = "",
+    phases: Phases | None = None,
+    progress: Progress | None = None,
+) -> Compressed:
+    """Compresses a network of Conv2d, Linear and BatchNorm.
+
+    Args:
+        module: any ``nn.Module`` from (N, C, H, W) to logits; it stays as it is.
+        batches: calibration images (n, C, H, W) float32.
+        recipe: name, YAML file or recipe.
+        overrides: ``stage.key=value`` changes of it.
+        options: seed, and what becomes of layers that do not fit; its ``data`` is not read.
+        labels: (N,) int64 of all calibration images, for scores from gradients.
+        train: images that recovery learns from; those of the calibration if None.
+        name: for the report.
+        phases, progress: told of where the time goes.
+
+    Raises:
+        UserError: bad input; the module is unchanged.
+    """
+    found = list(batches)
+    if not found or any(x.dim() != 4 or not x.is_floating_point() for x in found):
+        raise UserError("batches are no (n, C, H, W) float tensors", "batches", "give calibration images")
+    recipe = recipe if isinstance(recipe, VisionRecipe) else VisionRecipe.load(recipe, overrides)
+    images = Images(torch.cat(found).float(), labels)
+    steps = _Steps(
+        module, images, recipe, options or VisionOptions(), phases or Phases(), progress or Progress(silent=True)
+    )
+    steps.train = train
+    steps.report.model = name or type(module).__name__
+    return steps.run()
+
+
+class _Steps:
+    """The steps of one compression."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        images: Images,
+        recipe: VisionRecipe,
+        options: VisionOptions,
+        phases: Phases,
+        progress: Progress,
+    ) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.images, self.recipe, self.options = images, recipe, options
+        self.phases, self.progress = phases, progress
+        self.probe = images.pixels[:PROBE]
+        self.train: Images | None = None
+        self.report = VisionReport("", recipe.name, options.seed, versions())
+
+    def run(self) -> Compressed:
+        takes_images(self.module, self.probe, "--data")
+        macs = multiplications(self.module, self.probe)
+        parameters = sum(p.numel() for p in self.module.parameters())
+        self._remove_channels()
+        folded = self._fold()
+        result = self._walk(self._masks())
+        if self.recipe.batchnorm == "reestimate":
+            with self.phases("reestimate"):
+                reestimate(self.module, self.images)
+        self.report.macs = {"before": macs, "after": multiplications(self.module, self.probe)}
+        self.report.parameters = {"before": parameters, "after": sum(p.numel() for p in self.module.parameters())}
+        return Compressed(self.module, self.report, [norm for _, norm in folded.pairs], result)
+
+    def _fold(self) -> Folded:
+        if self.recipe.batchnorm != "fold":
+            return Folded()
+        with self.phases("fold"):
+            folded = fold_norms(self.module, self.probe)
+        self.report.fold = {"pairs": len(folded.pairs), "refused": folded.refused, "error": folded.error}
+        return folded
+
+    def _remove_channels(self) -> None:
+        o, wanted = self.options, self.recipe.channels
+        if wanted is None:
+            if o.recover_epochs:
+                raise UserError("no channels go, so there is nothing to recover", "--recover-epochs", "leave it out")
+            return
+        dense, names = self.module, self.recipe.targets
+        self.module = copy.deepcopy(dense)
+        with self.phases("channels"):
+            graph = channel_graph(self.module, self.images.pixels[:2])
+            first = {s.name: s for s in spaces(self.module, graph) if all(map(names, s.layers))}
+            if not first:
+                raise UserError("no channels can go", type(dense).__name__, "use another recipe")
+            for number in range(1, wanted.rounds + 1):
+                share = (1 - wanted.ratio) ** (number / wanted.rounds)
+                found = [s for s in spaces(self.module, graph) if s.name in first]
+                scores = unit_scores(self.module, graph, found, wanted.importance, self.images, o.seed)
+                gone = []
+                for space, score in zip(found, scores, strict=True):
+                    kept = min(first[space.name].kept(share, wanted.multiple), len(space.units))
+                    gone.append(space.units[score.argsort(stable=True)[: len(space.units) - kept]])
+                graph, error = remove_checked(self.module, graph, torch.cat(gone), self.probe)
+                self.report.removal_error = max(error, self.report.removal_error or 0.0)
+            left = {s.name: s for s in spaces(self.module, graph)}
+        self.report.channels = [
+            {"name": n, "layers": list(s.layers), "before": s.channels, "after": left[n].channels}
+            for n, s in first.items()
+        ]  # fmt: skip
+        if o.recover_epochs:
+            with self.phases("recover"):
+                images = self.images if self.train is None else self.train
+                self.report.recovery = recover(self.module, dense, images, o.recover_epochs, o.seed)
+        else:
+            with self.phases("reestimate"):
+                reestimate(self.module, self.images)
+
+    def _masks(self) -> dict[str, Tensor]:
+        wanted = self.recipe.scores
+        if wanted is None:
+            return {}
+        with self.phases("scores"):
+            called = {m.name for g in input_groups(self.module, self.images.pixels[:1]) for m in g.matrices}
+            names = [n for n, _ in self.module.named_modules() if n in called and self.recipe.targets(n)]
+            masks = score_masks(self.module, names, wanted.sparsity, wanted.score, wanted.scope, self.images)
+        self.report.warnings += [
+            f"{n}: left dense, {wanted.sparsity} does not divide it" for n in names if n not in masks
+        ]
+        return masks
+
+    def _walk(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.recipe.core is None and not masks:
+            return {}
+        batches = self.images.batches(self.options.batch)
+        walk = LayerWalk(self.module, batches, self.recipe, masks=masks, refuse=self.options.on_misfit == "refuse")
+        with self.phases("compress"), self.progress.phase("compressing", unit="layer") as advance:
+            for _ in walk.run():
+                advance(1)
+        self.report.matrices = walk.result.matrices
+        self.report.warnings += walk.result.warnings
+        return walk.result.masks
