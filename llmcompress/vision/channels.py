@@ -136,9 +136,9 @@ def remove_checked(module: nn.Module, graph: ChannelGraph, gone: Tensor, x: Tens
     graph = remove(module, graph, gone)
     try:
         found = logits(module, x)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as failure:
         raise UserError(
-            f"does not run with fewer channels: {str(error).strip().splitlines()[0][:120]}",
+            f"does not run with fewer channels: {str(failure).strip().splitlines()[0][:120]}",
             type(module).__name__, "leave channels out, or exclude layers by targets",
         ) from None  # fmt: skip
     error = float((found - reference).norm() / reference.norm().clamp(min=1e-30))

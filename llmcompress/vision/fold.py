@@ -93,11 +93,11 @@ def _pairs(module: nn.Module, x: Tensor) -> dict[nn.Module, nn.Module | None]:
     return {norm: writer if writer and calls[writer] == calls[norm] == 1 else None for norm, writer in pairs.items()}
 
 
-def _fold(module: nn.Module, writer: nn.Module, name: str, norm: nn.Module) -> Any:
+def _fold(module: nn.Module, writer: Any, name: str, norm: nn.Module) -> Any:
     """Moves the norm into its writer; returns what takes it back."""
     assert isinstance(norm, _NORMS) and norm.running_var is not None and norm.running_mean is not None
     weight, bias = writer.get_parameter("weight"), writer.bias
-    had = (weight.detach().clone(), None if bias is None else bias.detach().clone())  # type: ignore[union-attr]
+    had = (weight.detach().clone(), None if bias is None else bias.detach().clone())
     gain = torch.rsqrt(norm.running_var + norm.eps) * (1.0 if norm.weight is None else norm.weight)
     shift = norm.running_mean if bias is None else norm.running_mean - bias
     offset = (0.0 if norm.bias is None else norm.bias) - shift * gain

@@ -275,7 +275,7 @@ class _Tracer:
 
     def _reduce(self, node: fx.Node) -> Any:
         value = self._value(node.args[0])
-        axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        axes: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         axes = list(range(value.dim())) if axes in (None, []) else [axes] if isinstance(axes, int) else list(axes)
         axes = [a % value.dim() for a in axes]  # type: ignore[operator, union-attr]
         if set(axes) & set(varying(value)):

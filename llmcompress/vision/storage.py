@@ -81,7 +81,8 @@ def load_vision(folder: str | Path, module: nn.Module | None = None) -> nn.Modul
     try:
         remove_folded(network, folded)
         for name, groups in layers.items():
-            network.get_submodule(name).groups = int(groups)
+            conv: Any = network.get_submodule(name)
+            conv.groups = int(groups)
         for name, entry in rounding.items():
             found = _read_rounding(entry, name, tensors)
             if found.weight is not None:

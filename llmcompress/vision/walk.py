@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,14 +130,14 @@ class LayerWalk:
             self._commit(groups[number], work)
             if work.activations is not None:
                 grid, levels = work.activations, work.activation_levels
-                way.rounding[number] = lambda x, grid=grid, levels=levels: round_inputs(x, grid, levels)
+                way.rounding[number] = partial(round_inputs, grid=grid, levels=levels)
             yield groups[number].name
         for name, rounding in self.result.rounding.items():
             replace_module(self.module, name, round_layer(self.module.get_submodule(name), rounding))
 
     def _way(self, module: nn.Module, groups: Sequence[InputGroup]) -> BlockPass:
         stops = [Stop([module.get_submodule(m.name) for m in group.matrices], None) for group in groups]
-        forwards = [SuspendedForward(lambda x=x: logits(module, x)) for x in self.batches]
+        forwards = [SuspendedForward(partial(logits, module, x)) for x in self.batches]
         return BlockPass(module, stops, forwards, replay=False, last=True)
 
     def _wanted(self, group: InputGroup) -> InputGroup:
