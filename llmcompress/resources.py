@@ -1,7 +1,7 @@
 """Data that travels with the program: recipes, the table of model presets, and the bundled checkpoint.
 
-One rule: data lies inside the package. The exceptions are ``configs/`` and ``eval/``, which a source checkout keeps at its
-top level, where people edit them; building a wheel copies these folders into ``llmcompress``."""
+One rule: data lies inside the package. The exceptions are ``configs/`` and ``eval/``, which a source checkout keeps at
+its top level, where people edit them; building a wheel copies these folders into ``llmcompress``."""
 
 from __future__ import annotations
 

@@ -100,8 +100,9 @@ def test_the_saved_folder_reloads_to_the_logits_that_were_judged(model_type: str
 
 
 def reloads_alike(folder: Path) -> None:
+    """Kernels that multiply integers round otherwise, now and then: tests/runtime has their laws."""
     expected = streamed_logits(folder)
-    for model in (AutoModelForCausalLM.from_pretrained(folder).eval(), load(folder)):
+    for model in (AutoModelForCausalLM.from_pretrained(folder).eval(), load(folder, runtime="dense")):
         torch.testing.assert_close(logits(model, TOKENS), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -167,7 +168,9 @@ def test_a_bfloat16_checkpoint_stays_in_bfloat16(tmp_path: Path) -> None:
     model = load(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     expected = streamed_logits(tmp_path / "out")  # in float32, from the same stored numbers
-    torch.testing.assert_close(logits(load(tmp_path / "out", torch.float32), TOKENS), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        logits(load(tmp_path / "out", torch.float32, runtime="dense"), TOKENS), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 # --- the same again ---
@@ -180,7 +183,7 @@ def test_same_seed_same_bytes_and_another_seed_others(checkpoint: Path, tmp_path
         compress(checkpoint, "jsq", tmp_path / name / "out", options(seed=seed, evaluate=True))
         found[name] = contents(tmp_path / name / "out")
         report = json.loads((tmp_path / name / "out" / "report.json").read_text())
-        found[name]["report.json"] = str(without_measurements(report))
+        found[name] |= {"report.json": str(without_measurements(report)), "report.html": "shows the report's seconds"}
     assert found["one"].keys() == found["two"].keys() == found["other"].keys()
     assert found["one"] == found["two"]
     weights = [name for name in found["one"] if name.endswith(".safetensors")]
@@ -190,7 +193,7 @@ def test_same_seed_same_bytes_and_another_seed_others(checkpoint: Path, tmp_path
 def without_measurements(report: dict[str, Any]) -> dict[str, Any]:
     """A report less its seconds, bytes of memory and folder."""
     for block in report["blocks"]:
-        del block["seconds"]
+        del block["seconds"], block["peak_memory_bytes"]
     return {k: v for k, v in report.items() if k not in ("seconds", "seconds_by_phase", "peak_memory_bytes", "output")}
 
 
@@ -206,7 +209,7 @@ def test_low_memory_gives_the_same_bytes_and_shards_the_same_tensors(
         compress(source, "jsq", tmp_path / name / "out", given)
     plain, low = (contents(tmp_path / name / "out") for name in ("plain", "low"))
     assert plain.keys() == low.keys()
-    assert {name for name in plain if plain[name] != low[name]} <= {"report.json"}
+    assert {name for name in plain if plain[name] != low[name]} <= {"report.json", "report.html"}
     whole, cut = (tensors(tmp_path / name / "out") for name in ("plain", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
 

@@ -17,8 +17,8 @@ def run(arguments: Sequence[str]) -> int:
     """Compares; returns the exit code."""
     parser = Parser(
         prog="python -m llmcompress compare",
-        description="Compare compressed folders: quality against size, non-zero weights and speed (where `bench` measured it). "
-        "Results judged on other text, or made of another dense model, are kept apart.",
+        description="Compare compressed folders: quality against size, non-zero weights and speed (where `bench` "
+        "measured it). Results judged on other text, or made of another dense model, are kept apart.",
         epilog="Example: python -m llmcompress compare compressed/llama-jsq compressed/llama-gptq-w4a16",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that this program wrote")

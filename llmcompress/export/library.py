@@ -1,4 +1,4 @@
-"""The quantization scheme of each Linear, as the compressed-tensors library itself describes it; any format it knows."""
+"""The quantization scheme of each Linear, as the compressed-tensors library describes it; any format it knows."""
 
 from __future__ import annotations
 

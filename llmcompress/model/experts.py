@@ -211,16 +211,18 @@ def _stacks(module: nn.Module) -> tuple[Stack, ...]:
     if down is None or down.dim() != 3 or not hasattr(module, "is_transposed"):
         return ()
     bias = "_bias" if module.has_bias else ""
-    first = ("gate_up_proj", ("gate_proj", "up_proj")) if module.has_gate else ("up_proj", ("up_proj",))
+    first, linears = ("gate_up_proj", ("gate_proj", "up_proj")) if module.has_gate else ("up_proj", ("up_proj",))
     turns = bool(module.has_gate and not module.is_concatenated)
     return (
-        Stack(*first, bias and first[0] + bias, bool(module.is_transposed), turns),
+        Stack(first, linears, bias and first + bias, bool(module.is_transposed), turns),
         Stack("down_proj", ("down_proj",), bias and "down_proj" + bias, bool(module.is_transposed)),
     )
 
 
 def _count(module: nn.Module, stack: Stack) -> int:
-    return int(module.num_experts) if stack.flat else module.get_parameter(stack.parameter).shape[0]
+    if stack.flat:
+        return int(module.num_experts)  # type: ignore[arg-type]
+    return module.get_parameter(stack.parameter).shape[0]
 
 
 def _forward_of(layer: ExpertLayer) -> Callable[..., Tensor]:

@@ -47,7 +47,7 @@ def _llama4(self: nn.Module, hidden: Tensor) -> Tensor:
     def run(expert: Any, x: Tensor) -> Tensor:
         return expert["down_proj"](expert["up_proj"](x) * self.act_fn(expert["gate_proj"](x)))  # type: ignore[operator]
 
-    per_expert = hidden.view(int(self.num_experts), -1, hidden.shape[-1])
+    per_expert = hidden.view(int(self.num_experts), -1, hidden.shape[-1])  # type: ignore[arg-type]
     output = torch.zeros_like(per_expert)
     for number, rows in enumerate(per_expert):
         token = rows.any(-1).nonzero()[:, 0]
@@ -64,7 +64,7 @@ def _dbrx(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Te
 
     rows = hidden.reshape(-1, hidden.shape[-1])
     output = torch.zeros_like(rows)
-    for number in range(int(self.num_experts)):
+    for number in range(int(self.num_experts)):  # type: ignore[arg-type]
         token, place = (index == number).nonzero(as_tuple=True)
         result = _called(self, number, rows[token], run)
         if result is not None:
