@@ -213,7 +213,7 @@ class Table:
         o = self.options
         if o.calibration == SELF:
             source = Source(o.model, Options(**{**vars(self.run_options), "seed": seed}))
-            rows, _ = draw_tokens(source, calibration=True, progress=Progress(silent=True))
+            rows, _ = draw_tokens(source, samples=o.samples, progress=Progress(silent=True))
             assert rows is not None
             return rows
         read = token_rows(Calibration(o.calibration, o.samples * (seed + 1), o.length), self.source.folder)

@@ -74,6 +74,7 @@ def _command(line: list[str], said: Path, at: int, signal_number: int) -> None:
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)
         sys.stderr = file
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         _Countdown(at, signal_number)
         code = cli.main(line)
         file.flush()

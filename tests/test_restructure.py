@@ -18,7 +18,9 @@ from llmcompress.errors import UserError
 from llmcompress.methods.llm_pruner import LLMPruner
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
+from llmcompress.progress import Progress
 from llmcompress.restructure import couplings, score_groups
+from llmcompress.run import Source, draw_tokens
 from tests.architectures import tiny_folder, tiny_model
 
 TOKENS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(5))
@@ -52,7 +54,7 @@ def test_removing_groups_gives_the_logits_of_zeroing_them(model_type: str, tmp_p
     report = compress(source, recipe(), tmp_path / "out", options())
     model = BlockwiseModel(Checkpoint(source), torch.float32)
     found = couplings(model, lambda name: True)
-    rows = api.draw_tokens(api.Source(source, options()), options().samples, api.Progress(silent=True))[0]
+    rows = draw_tokens(Source(source, options()), options().samples, Progress(silent=True))[0]
     scores = score_groups(model, LLMPruner(0.4), found, rows)
     dense = AutoModelForCausalLM.from_pretrained(source).eval()
     for coupling, score in zip(found, scores, strict=True):
