@@ -54,8 +54,8 @@ class Toy:
     def block_sources(self, index: int) -> list[str]:
         return [name for name in self.dense if name.startswith(f"layers.{index}.")]
 
-    def start_forwards(self, batches: list[Tensor]) -> list[SuspendedForward]:
-        forwards = [SuspendedForward(lambda ids=ids: self.run(ids)) for ids in batches]
+    def start_forwards(self, batches: list[Tensor], kind: Any = SuspendedForward) -> list[SuspendedForward]:
+        forwards = [kind(lambda ids=ids: self.run(ids)) for ids in batches]
         for forward in forwards:
             forward.resume()
         return forwards
