@@ -58,7 +58,9 @@ def inspect_matrix(
     try:
         values = matrix.values(tensors)
     except (KeyError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-        verdict.fail("grid", matrix.name, f"does not decode: {str(error).splitlines()[0][:120]}")
+        verdict.fail(
+            "grid", matrix.name, f"does not decode: {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
+        )
         return None
     if not verdict.require(_finite(values), "finite", matrix.name, "holds NaN or infinite weights"):
         return None
