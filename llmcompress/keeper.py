@@ -85,7 +85,7 @@ def follow(walk: Walk, work: Workplace) -> None:
         finished.tensors.clear()
         if index + 1 < number:
             save_all(walk, work, index + 1, returns)
-            work.sync_returned(index + 1)
+            work.sync_returned(index + 1, walk.team.rank)
         walk.team.wait()
 
 

@@ -208,14 +208,15 @@ class Workplace:
 
     def keep_block(self, index: int, block: KeptBlock) -> None:
         """Notes that a block is finished, once everything that belongs to it is on disk."""
-        self.sync_returned(index + 1)
+        self.sync_returned(index + 1, "*")
         self.keep(_block_file(index), asdict(block))
         shutil.rmtree(self._entering(index), ignore_errors=True)
 
-    def sync_returned(self, index: int) -> None:
-        """Forces to disk what `save_returned` wrote."""
+    def sync_returned(self, index: int, rank: int | str) -> None:
+        """Forces to disk what `save_returned` wrote in one process, or in all ("*"): others may be writing still, and
+        what they have not given its name yet is theirs to wait for."""
         folder = self._entering(index)
-        for path in (*folder.glob("*"), folder) if folder.is_dir() else ():
+        for path in (*folder.glob(f"{rank}-*.safetensors"), folder) if folder.is_dir() else ():
             sync(path)
 
     def _entering(self, index: int) -> Path:
