@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmcompress.commands import COMMANDS
-from llmcompress.commands.parser import Parser, quiet_libraries
+from llmcompress.commands.parser import Parser, add_recipe_options, add_seed, quiet_libraries
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -73,27 +73,10 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="PRESET|FOLDER|HUB_ID",
-        help="what to compress; 'llama' comes with the package",
-    )
-    add("--recipe", default="jsq", metavar="NAME|FILE.yaml", help="what to do to it (default: jsq)")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="STAGE.KEY=VALUE",
-        help="change the recipe, e.g. prune.sparsity=2:4",
-    )
-    add("--output", metavar="DIR", help="folder to write (default: compressed/<model>-<recipe>)")
-    add("--on-misfit", default="refuse", choices=["refuse", "skip"],
-        help="what a pattern or group does not divide: refuse it (default), or leave it dense")  # fmt: skip
-    add("--force", action="store_true", help="replace an output folder this program wrote before")
+    add("--model", required=True, metavar="PRESET|FOLDER|HUB_ID",
+        help="what to compress; 'llama' comes with the package")  # fmt: skip
+    add_recipe_options(parser, "jsq", "prune.sparsity=2:4", "refuse")
     add("--resume", action="store_true", help="go on with a run that was killed or interrupted")
-    add("--dry-run", action="store_true", help="print what would be done, and write nothing")
-    add("--json", action="store_true", help="print only the report, as JSON")
     add("--pack", choices=["sparse"], help="leave the zeros out of the files; `unpack` the folder before it is used")
 
     data = parser.add_argument_group("calibration and evaluation")
@@ -109,7 +92,7 @@ def _parser() -> Parser:
         help="text on which the result is judged (default: held-out samples of the model)",
     )
     judged.add_argument("--no-eval", action="store_true", help="skip the evaluation")
-    add("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
+    add_seed(data)
 
     recovery = parser.add_argument_group("recovery after a step that makes matrices smaller")
     add = recovery.add_argument

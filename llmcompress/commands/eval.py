@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmcompress.commands.parser import Parser, quiet_libraries
+from llmcompress.commands.parser import Parser, add_seed, quiet_libraries
 from llmcompress.errors import UserError
 
 EXAMPLES = """examples:
@@ -99,7 +99,7 @@ def _parser() -> Parser:
 
     machine = parser.add_argument_group("machine")
     add = machine.add_argument
-    add("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
+    add_seed(parser)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the arithmetic")
     add("--runtime", default="simulated", metavar="NAME",

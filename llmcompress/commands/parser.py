@@ -1,4 +1,4 @@
-"""What every subcommand's line has in common."""
+"""What the subcommands' lines have in common."""
 
 from __future__ import annotations
 
@@ -13,6 +13,31 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, self.prog, f"see {self.prog} --help")
+
+
+def add_recipe_options(parser: Parser, recipe: str, change: str, misfit: str) -> None:
+    """What is done, where it goes and what is shown: of the commands that compress.
+
+    Args:
+        parser: gets the options.
+        recipe: default.
+        change: of a recipe, as an example.
+        misfit: default of ``--on-misfit``.
+    """
+    add = parser.add_argument
+    add("--recipe", default=recipe, metavar="NAME|FILE.yaml", help=f"what to do to it (default: {recipe})")
+    add("--set", action="append", default=[], metavar="STAGE.KEY=VALUE", help=f"change the recipe, e.g. {change}")
+    add("--output", metavar="DIR", help="folder to write (default: compressed/<model>-<recipe>)")
+    add("--on-misfit", default=misfit, choices=["refuse", "skip"],
+        help=f"what a pattern or group does not divide: refuse it, or leave it dense (default: {misfit})")  # fmt: skip
+    add("--force", action="store_true", help="replace an output folder this program wrote before")
+    add("--dry-run", action="store_true", help="print what would be done, and write nothing")
+    add("--json", action="store_true", help="print only the report, as JSON")
+
+
+def add_seed(parser: argparse._ActionsContainer) -> None:
+    """Of the commands that draw anything."""
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
 
 
 def quiet_libraries() -> None:

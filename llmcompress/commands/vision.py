@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 
-from llmcompress.commands.parser import Parser, quiet_libraries
+from llmcompress.commands.parser import Parser, add_recipe_options, add_seed, quiet_libraries
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -25,10 +25,9 @@ def run(arguments: Sequence[str]) -> int:
         evaluate=not options.no_eval,
         recover_epochs=options.recover_epochs,
         on_misfit=options.on_misfit,
+        export=options.export,
     )
-    work = VisionRun(
-        options.model, options.recipe, options.output, wanted, overrides=options.set, force=options.force
-    )  # fmt: skip
+    work = VisionRun(options.model, options.recipe, options.output, wanted, overrides=options.set, force=options.force)
     if options.dry_run:
         plan = work.plan()
         if options.json:
@@ -56,25 +55,18 @@ def _parser() -> Parser:
         help="a bundled network (default: resnet), a folder, or a function that returns a module")  # fmt: skip
     add("--data", default="digits", metavar="digits|FOLDER|FILE.npz",
         help="images: the bundled digits (default), a folder per class, or arrays images and labels")  # fmt: skip
-    add("--recipe", default="int8", metavar="NAME|FILE.yaml", help="what to do to it (default: int8)")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="STAGE.KEY=VALUE",
-        help="change the recipe, e.g. channels.ratio=0.3",
-    )
-    add("--output", metavar="DIR", help="folder to write (default: compressed/<model>-<recipe>)")
+    add_recipe_options(parser, "int8", "channels.ratio=0.3", "skip")
+    add("--export", type=_kinds, default=(), metavar="program,onnx",
+        help="files for other programs beside the result: network.pt2, network.onnx")  # fmt: skip
     add("--samples", type=int, default=512, metavar="N", help="calibration images (default: 512)")
     add("--batch", type=int, default=64, metavar="N", help="images at once (default: 64)")
     add("--image-size", type=int, default=0, metavar="P", help="side of a folder's images (default: the network's)")
-    add("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
-    add("--on-misfit", default="skip", choices=["refuse", "skip"],
-        help="what a pattern or group does not divide: leave it dense (default), or refuse it")  # fmt: skip
+    add_seed(parser)
     add("--recover-epochs", type=int, default=0, metavar="N",
         help="train N epochs after channels went, to say what the dense network says (default: 0)")  # fmt: skip
     add("--no-eval", action="store_true", help="skip the evaluation")
-    add("--force", action="store_true", help="replace an output folder this program wrote before")
-    add("--dry-run", action="store_true", help="print what would be done, and write nothing")
-    add("--json", action="store_true", help="print only the report, as JSON")
     return parser
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

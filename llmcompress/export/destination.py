@@ -14,6 +14,27 @@ from llmcompress.errors import UserError
 RECORD = "llmcompress.json"
 """The file that marks a folder as this program's own output: only such a folder is ever replaced."""
 
+DESCRIPTION = "network.json"
+"""The file that says how a convolutional network is built; no folder of a language model has one."""
+
+
+def holds_network(folder: Path) -> bool:
+    """Whether a folder is of the command ``vision``."""
+    return (folder / DESCRIPTION).is_file()
+
+
+def refuse_network(folder: Path) -> None:
+    """Says plainly what a convolutional network is not for.
+
+    Raises:
+        UserError: the folder holds one.
+    """
+    if holds_network(folder):
+        raise UserError(
+            "holds a convolutional network, and this is for language models", str(folder),
+            "use the command vision, or llmcompress.vision.load_vision",
+        )  # fmt: skip
+
 
 def check_output(output: Path, force: bool = False, source: Path | None = None) -> None:
     """Refuses an output folder that could not, or should not, be written; call it before any work.

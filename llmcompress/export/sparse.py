@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llmcompress.errors import UserError
+from llmcompress.export.destination import refuse_network
 from llmcompress.export.rewriting import new_folder
 from llmcompress.export.zeros import NIBBLE_ZERO, Array, Bytes, decode, encode, from_nibbles, to_nibbles
 
@@ -50,6 +51,7 @@ def pack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
     Raises:
         UserError: not a checkpoint, packed already, or ``output`` may not be written.
     """
+    refuse_network(folder)
     shards = sorted(folder.glob("*.safetensors"))
     if is_packed(folder):
         raise UserError("is packed already", str(folder), "give the folder of a checkpoint")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from llmcompress.errors import UserError, nearest
+from llmcompress.export.destination import refuse_network
 from llmcompress.resources import model_presets
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "*.py"]
@@ -22,11 +23,12 @@ def locate(model: str) -> Path:
     """The local folder of a model; Hub models are downloaded (safetensors only, never pickles).
 
     Raises:
-        UserError: neither preset nor folder nor Hub id, or the Hub cannot be reached.
+        UserError: neither preset nor folder nor Hub id, a network of images, or the Hub cannot be reached.
     """
     table = model_presets()
     target = table[model].location if model in table else model
     if Path(target).is_dir():
+        refuse_network(Path(target))
         return Path(target)
     if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", target):
         raise UserError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import UserError
-from llmcompress.export.destination import RECORD
+from llmcompress.export.destination import RECORD, refuse_network
 from llmcompress.pages.evaluations import EVALUATION, Judgement, judgements
 from llmcompress.report import Report
 
@@ -60,6 +60,7 @@ def read_result(folder: str | Path) -> Result:
         UserError: it is not one, or a file in it is not what it should be.
     """
     folder = Path(folder)
+    refuse_network(folder)
     file = folder / "report.json"
     if not file.is_file():
         what = "is not a folder" if not folder.is_dir() else "holds no report.json"

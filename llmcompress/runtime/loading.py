@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.errors import UserError, nearest
+from llmcompress.export.destination import refuse_network
 from llmcompress.export.sparse import is_packed
 from llmcompress.runtime.assemble import assemble
 from llmcompress.runtime.choose import RUNTIMES, RuntimeSummary, require_kernel
@@ -96,6 +97,7 @@ def check_checkpoint(folder: Path) -> list[Path]:
     where = str(folder)
     if not folder.is_dir():
         raise UserError("no such folder", where, "give the folder of a checkpoint")
+    refuse_network(folder)
     if is_packed(folder):
         raise UserError("is packed", where, f"unpack it first: python -m llmcompress unpack {where} OUT")
     if not (folder / "config.json").is_file():

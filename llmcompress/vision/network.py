@@ -15,11 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmcompress.errors import UserError, nearest
-from llmcompress.export.destination import RECORD
+from llmcompress.export.destination import DESCRIPTION, RECORD, holds_network
 from llmcompress.resources import PACKAGE
 from llmcompress.vision.networks import NETWORKS, build
-
-DESCRIPTION = "network.json"
 
 
 @dataclass
@@ -59,7 +57,7 @@ def logits(module: nn.Module, x: Tensor) -> Tensor:
     return found
 
 
-def open_network(model: str, trust_remote_code: bool = False) -> Network:
+def open_network(model: str) -> Network:
     """The network of ``--model``: ``resnet`` or ``mobilenet`` (bundled), a folder, or ``module:function``.
 
     Raises:
@@ -70,7 +68,7 @@ def open_network(model: str, trust_remote_code: bool = False) -> Network:
     if folder.is_dir():
         if (folder / RECORD).is_file():
             raise UserError("is compressed already", str(folder), "give the dense network")
-        found = _from_description(model, folder) if (folder / DESCRIPTION).is_file() else _from_config(model, folder)
+        found = _from_description(model, folder) if holds_network(folder) else _from_config(model, folder)
         found.folder = folder
     elif ":" in model:
         found = Network(model, call_builder(model), {"function": model})

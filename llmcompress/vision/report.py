@@ -29,6 +29,8 @@ class VisionReport:
         removal_error: relative difference of the smaller network and the one with those channels zeroed.
         recovery: epochs and losses; empty if there was none.
         matrices: reports of the compressed matrices, in order of execution.
+        exports: files for other programs: ``file``, ``bytes``, relative ``difference`` of its logits, the
+            ``tolerance`` of that, and what it ``holds``.
         warnings: what was skipped or degraded.
         output: folder.
     """
@@ -52,6 +54,7 @@ class VisionReport:
     removal_error: float | None = None
     recovery: dict[str, Any] = field(default_factory=dict)
     matrices: list[MatrixReport] = field(default_factory=list)
+    exports: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     output: str = ""
 
@@ -128,6 +131,10 @@ class VisionReport:
             aligned([[f"{self.model}, {self.recipe}", "before", "after", ""], *self.headline()]),
             aligned(spaces) if self.channels else "",
             aligned(layers) if worst else "",
+            "\n".join(
+                f"{e['file']}: {bytes_text(e['bytes'])}, {e['holds']}; logits differ by {e['difference']:.1e}"
+                for e in self.exports
+            ),
             f"{self.seconds:.1f} s ({phases}), peak memory {bytes_text(self.peak_memory_bytes)}",
             "\n".join(grouped_warnings(self.warnings)),
             f"written to {self.output}" if self.output else "",

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
-import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmcompress.errors import Fault, UserError
-from llmcompress.export.destination import RECORD, check_disk_space, check_output
+from llmcompress.export.checkpoint import CheckpointWriter
+from llmcompress.export.destination import DESCRIPTION, RECORD, check_disk_space, check_output, sha256
 from llmcompress.measure import Phases, peak_memory_bytes
 from llmcompress.progress import Progress
 from llmcompress.vision.channels import spaces
+from llmcompress.vision.exported import check_exports, export
 from llmcompress.vision.fold import Folded, fold_norms
 from llmcompress.vision.graph import channel_graph
 from llmcompress.vision.images import ImageSet, read_images
@@ -26,8 +26,11 @@ from llmcompress.vision.network import Network, open_network, origin_of, takes_i
 from llmcompress.vision.recipe import VisionRecipe
 from llmcompress.vision.report import VisionReport
 from llmcompress.vision.steps import PROBE, VisionOptions, compress_vision
-from llmcompress.vision.storage import save_network
+from llmcompress.vision.storage import stored_network
 from llmcompress.vision.walk import input_groups
+
+#: all tensors in one file
+WHOLE = sys.maxsize
 
 
 class VisionRun:
@@ -55,8 +58,8 @@ class VisionRun:
         self.output = Path("compressed") / f"{short}-{self.recipe.name}" if output is None else Path(output)
         check_output(self.output, force)
         self.network: Network = open_network(model)
-        check_output(self.output, force, self.network.folder)
         o, folder = self.options, self.network.folder
+        check_output(self.output, force, folder)
         normal = folder / "preprocessor_config.json" if folder else None
         self.data: ImageSet = read_images(o.data, o.samples, o.seed, o.image_size or self.network.image_size, normal)
         self.images = self.data.calibration(o.samples, o.seed)
@@ -64,6 +67,7 @@ class VisionRun:
         labels = self.data.test.labels
         if labels is not None and int(labels.max()) >= found.shape[1]:
             raise UserError(f"has {found.shape[1]} classes and the data {int(labels.max()) + 1}", model, "check --data")
+        check_exports(o.export, self.network.module, self.images.pixels[:PROBE])
 
     def plan(self) -> dict[str, Any]:
         """What would be done: layers in order of execution, their shapes, and what does not fit. Writes nothing."""
@@ -99,16 +103,42 @@ class VisionRun:
         if o.evaluate:
             with phases("evaluate"):
                 self._judge(found.module, report)
-        with self._partial() as folder:
+        tensors, description = stored_network(
+            found.module, self.network.origin or origin_of(dense), found.folded, dense
+        )
+        files = {DESCRIPTION: description, "recipe.yaml": self.recipe.to_yaml()}
+        try:
+            self._write(found.module, tensors, files, report, phases, command)
+        except OSError as error:
+            raise Fault(f"cannot be written ({error.strerror})", str(self.output), "choose another --output") from None
+        return report
+
+    def _write(
+        self, module: nn.Module, tensors: dict[str, Tensor], files: dict[str, str], report: VisionReport,
+        phases: Phases, command: str,
+    ) -> None:  # fmt: skip
+        """The folder, which takes its name when it is complete."""
+        dense = self.network.module
+        with CheckpointWriter(self.output, self.force, self.network.folder, shard_bytes=WHOLE) as writer:
             with phases("write"):
-                origin = self.network.origin or origin_of(dense)
-                after = save_network(folder, found.module, origin, found.folded, dense)
+                writer.add(tensors)
+                hashes = writer.hashes
                 before = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
-                report.size_bytes = {"before": before, "after": after}
+                report.size_bytes = {"before": before, "after": writer.total_bytes}
+            for kind in self.options.export:
+                with phases("export"):
+                    try:
+                        made = export(kind, module, self.images.pixels[:PROBE], writer.partial)
+                    except UserError as error:
+                        report.warnings.append(str(error))
+                        continue
+                report.exports.append(made)
+                hashes[made["file"]] = sha256(writer.partial / made["file"])
+            with phases("write"):
+                writer.seal(files | {RECORD: self._record(report, command, hashes)})
             report.seconds_by_phase, report.seconds = phases.seconds, phases.total
             report.peak_memory_bytes, report.output = peak_memory_bytes(), str(self.output)
-            self._describe(folder, report, command)
-        return report
+            writer.publish({"report.json": report.to_json() + "\n"})
 
     def _judge(self, module: nn.Module, report: VisionReport) -> None:
         test = self.data.test
@@ -117,43 +147,10 @@ class VisionRun:
         report.agreement = float((before.argmax(1) == after.argmax(1)).float().mean())
         report.logit_error = float((after - before).square().sum() / before.square().sum().clamp(min=1e-30))
 
-    def _describe(self, folder: Path, report: VisionReport, command: str) -> None:
-        texts = {"report.json": report.to_json() + "\n", "recipe.yaml": self.recipe.to_yaml()}
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+    def _record(self, report: VisionReport, command: str, hashes: dict[str, str]) -> str:
+        """What the folder says about itself."""
         record = {
             "kind": "vision", "model": report.model, "recipe": {"name": self.recipe.name, "hash": self.recipe.hash},
             "command": command, "seed": report.seed, "versions": report.versions, "sha256": hashes,
         }  # fmt: skip
-        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def _partial(self) -> _Partial:
-        return _Partial(self.output, self.force)
-
-
-class _Partial:
-    """A folder that takes its name only when it is complete."""
-
-    def __init__(self, output: Path, force: bool) -> None:
-        self.output, self.force = output, force
-        self.folder = output.parent / f".{output.name}.{os.getpid()}"
-
-    def __enter__(self) -> Path:
-        try:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise Fault(f"cannot be written ({error.strerror})", str(self.folder), "choose another --output") from None
-        return self.folder
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is None:
-            check_output(self.output, self.force)
-            if self.output.exists():
-                shutil.rmtree(self.output)
-            self.folder.rename(self.output)
-            return
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise Fault(f"cannot be written ({error.strerror})", str(self.output), "free some space") from None
+        return json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -42,6 +42,7 @@ class VisionOptions:
         evaluate: judge on held-out images.
         recover_epochs: of training after channels went, to say what the dense network says; 0 for none.
         on_misfit: what becomes of layers that a pattern or group does not divide: ``skip`` or ``refuse``.
+        export: files for other programs, keys of `llmcompress.vision.exported.FILES`.
     """
 
     data: str = "digits"
@@ -52,6 +53,7 @@ class VisionOptions:
     evaluate: bool = True
     recover_epochs: int = 0
     on_misfit: str = "skip"
+    export: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("samples", "batch"):
@@ -61,6 +63,8 @@ class VisionOptions:
             raise UserError(f"unknown '{self.on_misfit}'", "--on-misfit", "use skip or refuse")
         if self.recover_epochs < 0:
             raise UserError(f"{self.recover_epochs} epochs", "--recover-epochs", "use 0 or more")
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed} is negative", "--seed", "use 0 or more")
         if self.image_size < 0:
             raise UserError(f"{self.image_size} pixels", "--image-size", "use a positive number")
 

@@ -10,24 +10,26 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.errors import UserError
+from llmcompress.export.destination import DESCRIPTION
 from llmcompress.vision.fold import remove_folded, replace_module
 from llmcompress.vision.layers import RoundedConv2d, RoundedLinear, Rounding, round_layer
-from llmcompress.vision.network import DESCRIPTION, rebuilt
+from llmcompress.vision.network import rebuilt
 
 WEIGHTS = "model.safetensors"
 VERSION = 1
 
 
-def save_network(folder: Path, module: nn.Module, origin: dict[str, Any], folded: list[str], dense: nn.Module) -> int:
-    """Writes the tensors and the description; returns the bytes of the tensors.
+def stored_network(
+    module: nn.Module, origin: dict[str, Any], folded: list[str], dense: nn.Module
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors, and the text of ``network.json``, from which `load_vision` makes the network.
 
     Args:
-        folder: exists.
         module: compressed.
         origin: how to build an untrained one, see `Network`.
         folded: names of the norms that folding took away.
@@ -40,17 +42,15 @@ def save_network(folder: Path, module: nn.Module, origin: dict[str, Any], folded
         owner, _, attribute = name.rpartition(".")
         layer = rounded.get(owner)
         if layer is None or attribute != "weight" or layer.rounding.weight is None:
-            tensors[name] = tensor.detach().clone().contiguous()
+            tensors[name] = tensor
     for name, layer in rounded.items():
         rounding[name] = _described(layer.rounding)
         tensors |= {f"{name}.{key}": value for key, value in _tensors(layer.rounding).items()}
-    save_file(tensors, folder / WEIGHTS)
     described = {
         "version": VERSION, "origin": origin, "folded": folded, "layers": _reshaped(module, dense),
         "rounding": rounding,
     }  # fmt: skip
-    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    return (folder / WEIGHTS).stat().st_size
+    return tensors, json.dumps(described, indent=2) + "\n"
 
 
 def load_vision(folder: str | Path, module: nn.Module | None = None) -> nn.Module:

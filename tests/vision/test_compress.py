@@ -159,6 +159,7 @@ def test_a_folder_reads_back_as_the_network_that_was_judged(model: str, recipe: 
         (["--recipe", "nope"], "no recipe"),
         (["--data", "nope"], "check --data"),
         (["--samples", "0"], "not positive"),
+        (["--seed", "-1"], "seed -1 is negative"),
         (["--set", "channels.ratio=2", "--recipe", "channels"], "outside (0, 1)"),
         (["--set", "quantize.activations=int8"], "no tokens"),
         (["--recover-epochs", "1"], "nothing to recover"),
@@ -172,6 +173,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     error = capsys.readouterr().err
     assert said in error and error.count("llmcompress:") == 1 and "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_commands_for_language_models_say_so_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["vision", "--recipe", "magnitude-50", "--samples", "16", "--no-eval", "--output", str(out)]) == 0
+    capsys.readouterr()
+    lines = ([["inspect", str(out)], ["compare", str(out)], ["bench", str(out)], ["pack", str(out), "x"],
+              ["generate", str(out), "--prompt", "x"], ["--model", str(out)]])  # fmt: skip
+    for arguments in lines:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "holds a convolutional network, and this is for language models" in error and error.count("\n") == 1
 
 
 def test_a_dry_run_prints_the_groups_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
