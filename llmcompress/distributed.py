@@ -1,9 +1,10 @@
 """Several processes that share one run, started by ``torchrun`` or ``accelerate launch``: gloo on CPUs, NCCL on GPUs.
 
-Each takes its share of the calibration rows through the whole model. At every input group the statistics of all are
-added up, so that all decide on the same sums; where the steps decide about each output row for itself, each process
-solves its share of the rows and the results are gathered, elsewhere all solve the same. Statistics of raw rows are
-gathered, not summed. One process, the first, writes.
+Each takes its share of the calibration rows through the whole model. They agree on the next input group, which may be
+that of an expert that the rows of some of them do not reach. There the statistics of all are added up, so that all
+decide on the same sums; where the steps decide about each output row for itself, each process solves its share of the
+rows and the results are gathered, elsewhere all solve the same. Statistics of raw rows are gathered, not summed. One
+process, the first, writes.
 
 Against one process the sums are added in another order: float32 rounding apart (a relative 1e-6 of a statistic) the
 decisions are the same."""
@@ -27,6 +28,7 @@ from llmcompress.errors import Fault, UserError
 
 #: how long one process waits for another, which may be compressing a large group alone
 PATIENCE = timedelta(hours=2)
+_NOWHERE = 2**62
 
 
 class Team:
@@ -82,6 +84,14 @@ class Team:
         counted = self._there(torch.tensor(number))
         self._reach(lambda: dist.all_reduce(counted))
         return int(counted)
+
+    def earliest(self, place: int | None) -> int | None:
+        """The least of the numbers that the processes give; None if none gives one."""
+        if self.size == 1:
+            return place
+        found = self._there(torch.tensor(_NOWHERE if place is None else place))
+        self._reach(lambda: dist.all_reduce(found, dist.ReduceOp.MIN))
+        return None if int(found) == _NOWHERE else int(found)
 
     def merge(self, stats: InputStats) -> None:
         """Makes the statistics those of all processes' rows."""

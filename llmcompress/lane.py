@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.distributed import ALONE, Team
 from llmcompress.errors import UserError
 from llmcompress.model.groups import InputGroup
 from llmcompress.model.load import BlockwiseModel, micro_batches
@@ -44,8 +45,11 @@ class Lane:
         self.everyone = model.start_forwards([probe, *batches], kind=kind)
         self.probe, *self.forwards = self.everyone
 
-    def through(self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False) -> BlockPass:
-        """The way through a loaded block, with a stop at each of the groups, which may be another model's.
+    def through(
+        self, index: int, groups: list[InputGroup], replay: bool, ahead: bool = False, team: Team = ALONE
+    ) -> BlockPass:
+        """The way through a loaded block, with a stop at each of the groups, which may be another model's, and where
+        forwards of others in the team wait.
 
         In the last block it ends at the last of them.
         """
@@ -58,7 +62,7 @@ class Lane:
             for group in groups
         ]
         block = self.model.blocks[index].module
-        return BlockPass(block, stops, self.forwards, replay, ahead, last=index == len(self.model.blocks) - 1)
+        return BlockPass(block, stops, self.forwards, replay, ahead, index == len(self.model.blocks) - 1, team.earliest)
 
 
 def sample(rows: list[Tensor]) -> Tensor:

@@ -208,6 +208,8 @@ class BlockPass:
         replay: which of the two ways.
         ahead: send copies of the forwards, which end with the block; the forwards themselves stay in front of it.
         last: nobody reads what the block returns: the forwards end where the last stop has been served.
+        agreed: told the first stop at which a forward waits, None if none does, it says where to stop: that one, or an
+            earlier one at which another process's forwards wait.
     """
 
     def __init__(
@@ -218,9 +220,10 @@ class BlockPass:
         replay: bool,
         ahead: bool = False,
         last: bool = False,
+        agreed: Callable[[int | None], int | None] = lambda stop: stop,
     ) -> None:
         self.block, self.stops, self.forwards = block, stops, forwards
-        self.replay, self.is_ahead, self.is_last = replay, ahead, last
+        self.replay, self.is_ahead, self.is_last, self._agreed = replay, ahead, last, agreed
         self.served: set[int] = set()
         self.rounding: dict[int, Rounding] = {}
         self.output_rounding: dict[nn.Module, Rounding] = {}
@@ -246,9 +249,8 @@ class BlockPass:
         travellers = [f.ahead(self.block) for f in self.forwards] if self.is_ahead else self.forwards
         for forward in travellers:
             forward.resume()
-        while waiting := [f for f in travellers if isinstance(f.place, AtMatrix)]:
-            stop = min(f.place.group for f in waiting if isinstance(f.place, AtMatrix))
-            here = [f for f in waiting if isinstance(f.place, AtMatrix) and f.place.group == stop]
+        while (stop := self._next_stop([f.place for f in travellers])) is not None:
+            here = [f for f in travellers if isinstance(f.place, AtMatrix) and f.place.group == stop]
             yield stop, [f.place for f in here if isinstance(f.place, AtMatrix)]
             self.served.add(stop)
             if self.is_last and stop == len(self.stops) - 1:
@@ -261,15 +263,16 @@ class BlockPass:
     def _replayed(self) -> Iterator[tuple[int, list[AtMatrix]]]:
         while len(self.served) < len(self.stops):
             ways = [forward.ahead(self.block).resume() for forward in self.forwards]
-            reached = [place for place in ways if isinstance(place, AtMatrix)]
-            if not reached:
+            if (stop := self._next_stop(ways)) is None:
                 break
-            stop = min(place.group for place in reached)
-            reached = [place for place in reached if place.group == stop]
-            yield stop, reached
+            yield stop, [place for place in ways if isinstance(place, AtMatrix) and place.group == stop]
             self.served.add(stop)
         for forward in self.forwards if self.is_last or not self.is_ahead else ():
             forward.abandon() if self.is_last else forward.resume()
+
+    def _next_stop(self, places: Sequence[Place | None]) -> int | None:
+        """The first one at which somebody waits, here or in another process; None if nobody does."""
+        return self._agreed(min((place.group for place in places if isinstance(place, AtMatrix)), default=None))
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:

@@ -160,9 +160,6 @@ class Walk:
                 release_freed_memory()
 
     def _refuse_team(self) -> None:
-        if self.team.size > 1 and self.model.expert_layers:
-            raise UserError("experts are not compressed by several processes yet", type(self.model.model).__name__,
-                            "start one process")  # fmt: skip
         for method in self.recipe.methods if self.team.size > 1 else ():
             if method.learns:
                 raise UserError("this step learns in one process alone", f"recipe {self.recipe.name}: {method.stage}",
@@ -187,7 +184,7 @@ class Walk:
             if self.recipe.propagate == "pruned":
                 self._methods = keeping_unrounded(self._methods)
         ahead = self.recipe.propagate == "block"
-        passes = [lane.through(index, groups, self.replay, ahead) for lane in lanes]
+        passes = [lane.through(index, groups, self.replay, ahead, self.team) for lane in lanes]
         for way in passes[1:]:  # tokens may go to other experts there
             way.served = {number for number, group in enumerate(groups) if self._starved.is_expert(group.name)}
         arrivals = [way.arrivals() for way in passes]
@@ -255,8 +252,9 @@ class Walk:
         rows, dense_rows = ([reader.rows(place.x) for place in lane] for lane in (places[0], places[-1]))
         require_finite(group.name, rows)
         reached = self.team.total(sum(len(x) for x in rows))
-        if not reached:
-            rows = dense_rows = [torch.zeros(1, group.width, dtype=self.model.dtype, device=self.model.device)]
+        if not rows:  # none here, or not even in another process
+            nothing = torch.zeros(0 if reached else 1, group.width, dtype=self.model.dtype, device=self.model.device)
+            rows = dense_rows = [nothing]
         needs, methods = self._plan(group, reached)
         work = outcome.working_copies(group, [view.name for view in views])
         peaks = self.team.gathered(channel_peaks(rows)[None]).amax(0)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.architectures import tiny_folder
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("jsq", "wanda-2of4", "sparsegpt-2of4", "gptq-w8a8", "sparsegpt-best-50")
+EXPERT_RECIPES = ("jsq", "wanda-2of4", "sparsegpt-2of4")
 OPTIONS = api.Options(samples=5, length=16, evaluate=False, device="cpu")
 SCRIPT = """
 import os, signal, sys
@@ -37,8 +39,20 @@ def dies(walk, group, *rest):
 if how == "dies" and os.environ["RANK"] == "1":
     Walk._serve = dies
 for recipe in recipes:
+    options = replace(options, low_memory=recipe == "wanda-2of4")  # one of them replays its blocks
     api.compress(source, recipe, f"{output}/{recipe}/out", options, resume=how == "resume")
 """
+
+
+def made(folder: Path, recipes: tuple[str, ...], rows: Tensor) -> Path:
+    """What one process and two make of the model in ``folder``."""
+    save_file({"input_ids": rows}, folder / "rows.safetensors")
+    given = api.Options(calibration=str(folder / "rows.safetensors"), samples=5, length=16, evaluate=False)
+    for recipe in recipes:
+        compress(folder / "dense", recipe, folder / "one" / recipe / "out", given)
+    done = launched(folder, "two", "whole", *recipes)
+    assert done.returncode == 0, done.stderr[:8000]
+    return folder
 
 
 def launched(folder: Path, output: str, how: str, *recipes: str) -> subprocess.CompletedProcess[str]:
@@ -56,19 +70,29 @@ def launched(folder: Path, output: str, how: str, *recipes: str) -> subprocess.C
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, token rows, and what one process and two make of them."""
     folder = tmp_path_factory.mktemp("processes")
-    source = tiny_folder(folder / "dense")
-    rows = torch.randint(3, 96, (5, 16), generator=torch.Generator().manual_seed(0))
-    save_file({"input_ids": rows}, folder / "rows.safetensors")
-    given = api.Options(calibration=str(folder / "rows.safetensors"), samples=5, length=16, evaluate=False)
-    for recipe in RECIPES:
-        compress(source, recipe, folder / "one" / recipe / "out", given)
-    done = launched(folder, "two", "whole", *RECIPES)
-    assert done.returncode == 0, done.stderr[:8000]
-    return folder
+    tiny_folder(folder / "dense")
+    return made(folder, RECIPES, torch.randint(3, 96, (5, 16), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts. Its rows repeat one token each, so that a router sends a row to few of them."""
+    folder = tmp_path_factory.mktemp("experts")
+    tiny_folder(folder / "dense", "mixtral")
+    return made(folder, EXPERT_RECIPES, torch.tensor([[5], [5], [5], [44], [44]]).expand(5, 16).contiguous())
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def reports(folder: Path, recipe: str) -> list[dict[str, Any]]:
+    return [json.loads((folder / name / recipe / "out" / "report.json").read_text()) for name in ("one", "two")]
+
+
+def expert_rows(report: dict[str, Any]) -> list[int]:
+    """Tokens that reached each input group of an expert."""
+    return [g["figures"]["rows"] for b in report["blocks"] for g in b["groups"] if "rows" in g["figures"]]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -78,6 +102,22 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("recipe", ["jsq", "wanda-2of4"])
 def test_without_a_factorisation_two_processes_write_the_same_bytes(recipe: str, folder: Path) -> None:
     assert hashes(folder / "one" / recipe / "out") == hashes(folder / "two" / recipe / "out")
+
+
+@pytest.mark.parametrize("recipe", EXPERT_RECIPES)
+def test_experts_that_the_rows_of_one_process_do_not_reach_are_served_by_all(recipe: str, experts: Path) -> None:
+    """The same masks and codes, from the statistics of all rows, and the same experts named as starved."""
+    one, two = (tensors(experts / name / recipe / "out") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    exact = recipe != "sparsegpt-2of4"
+    for name in one:
+        assert torch.equal(one[name] == 0, two[name] == 0)
+        torch.testing.assert_close(one[name], two[name], rtol=0 if exact else 1e-3, atol=0 if exact else 1e-5)
+    first, second = reports(experts, recipe)
+    assert expert_rows(first) == expert_rows(second)
+    assert {48, 32, 80} <= set(expert_rows(first))  # rows of the first process alone, of the second alone, of both
+    starved = [[line for line in report["warnings"] if "experts" in line] for report in (first, second)]
+    assert starved[0] == starved[1] != []
 
 
 @pytest.mark.parametrize("recipe", ["sparsegpt-2of4", "gptq-w8a8", "sparsegpt-best-50"])
@@ -92,7 +132,7 @@ def test_from_the_same_inputs_two_processes_decide_the_same(recipe: str, folder:
         else:
             assert torch.equal(one[name] == 0, two[name] == 0)
             torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
-    first, second = (json.loads((folder / n / recipe / "out" / "report.json").read_text()) for n in ("one", "two"))
+    first, second = reports(folder, recipe)
     errors = [
         [m["relative_error"] for b in report["blocks"] for m in b["matrices"]] for report in (first, second)
     ]  # fmt: skip
