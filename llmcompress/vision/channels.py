@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,44 @@ from llmcompress.vision.storage import set_widths
 
 #: relative difference of the logits that sums of other lengths may cause
 TOLERANCE = 1e-4
+#: importances that compare channels of different layers: in units of the loss, or of what norms bring to one deviation
+COMPARABLE = ("taylor", "taylor_bn", "bn")
+
+
+@dataclass(frozen=True)
+class ChannelOptions:
+    """Which channels go.
+
+    Attributes:
+        ratio: of the budget that goes.
+        budget: ``channels``, of which every space loses the same share, or the measured ``latency`` of the network, for
+            which spaces lose what is worth least (HALP, see `llmcompress.vision.halp`).
+        importance: how channels are compared (see `llmcompress.vision.importance`).
+        multiple: a space keeps a multiple of so many, unless it has fewer.
+        rounds: one-shot, or so many times a part, importances renewed in between.
+        repair: the layers that read the channels are solved by least squares for what they gave out before.
+        images: at once, whose latency counts.
+    """
+
+    ratio: float = 0.5
+    budget: Literal["channels", "latency"] = "channels"
+    importance: Literal["l1", "l2", "bn", "taylor", "taylor_bn", "apoz", "thinet", "lasso", "random"] = "l2"
+    multiple: int = 8
+    rounds: int = 1
+    repair: bool = False
+    images: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise UserError(f"{self.ratio:g} is outside (0, 1)", "channels.ratio", "write a share such as 0.5")
+        for key in ("multiple", "rounds", "images"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{getattr(self, key)} is not positive", f"channels.{key}", "use 1 or more")
+        if self.budget == "latency" and self.importance not in COMPARABLE:
+            raise UserError(
+                f"{self.importance} says nothing about channels of different layers", "channels.importance",
+                f"use {', '.join(COMPARABLE)} with budget: latency",
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

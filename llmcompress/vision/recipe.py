@@ -1,7 +1,7 @@
 """A recipe for a convolutional network: the stages of any recipe, and what only such networks have.
 
 ```yaml
-channels: {importance: l2, ratio: 0.5, multiple: 8}   # whole channels go first
+channels: {importance: l2, ratio: 0.5, multiple: 8}   # whole channels go first; see `ChannelOptions`
 scores: {score: taylor, scope: global, sparsity: 0.5}  # a mask from gradients or magnitudes over the whole network
 batchnorm: fold                                        # fold, keep or reestimate
 stages: [...]                                          # as in other recipes; may be left out
@@ -20,39 +20,17 @@ from typing import Any, Literal
 
 import yaml
 
+from llmcompress.core.group import Method
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.errors import UserError, nearest
 from llmcompress.fields import converted
 from llmcompress.recipe import Recipe, parse_value, read_tree
 from llmcompress.resources import configs_dir
+from llmcompress.vision.channels import ChannelOptions
 
 #: steps that need no more of a network than the inputs of its matrices
 METHODS = ("magnitude", "wanda", "sparsegpt", "jsq", "rtn", "gptq")
 _CORE_KEYS = ("stages", "targets", "description")
-
-
-@dataclass(frozen=True)
-class ChannelOptions:
-    """Which channels go.
-
-    Attributes:
-        ratio: share of the channels of every space that goes.
-        importance: how channels are compared (see `llmcompress.vision.importance`).
-        multiple: a space keeps a multiple of so many, unless it has fewer.
-        rounds: one-shot, or so many times a part, importances renewed in between.
-    """
-
-    ratio: float = 0.5
-    importance: Literal["l1", "l2", "bn", "taylor", "taylor_bn", "random"] = "l2"
-    multiple: int = 8
-    rounds: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise UserError(f"{self.ratio:g} is outside (0, 1)", "channels.ratio", "write a share such as 0.5")
-        for key in ("multiple", "rounds"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{getattr(self, key)} is not positive", f"channels.{key}", "use 1 or more")
 
 
 @dataclass(frozen=True)
@@ -80,7 +58,7 @@ class VisionRecipe:
 
     Attributes:
         name: of the file, or as given.
-        core: stages and targets; None where there are no stages.
+        core: stages, perhaps none, and targets; None where there is neither.
         channels, scores: see their classes; None to leave out.
         batchnorm: ``fold`` into the convolutions, ``keep``, or keep and ``reestimate`` on the calibration images.
         bias_correction: biases take up the mean of what pruning and rounding change.
@@ -130,13 +108,13 @@ class VisionRecipe:
         passed = [override for override in overrides if not _taken(override, tree, known)]
         core = _core(tree, name, where, passed)
         if core is not None:
-            tree["stages"] = core.to_tree()["stages"]
+            tree |= {key: core.to_tree()[key] for key in ("stages", "targets") if core.stages or key == "targets"}
         made = {key: _section(kind, tree.get(key), key, where) for key, kind in _SECTIONS.items()}
         plain = {key: tree[key] for key in ("batchnorm", "bias_correction") if key in tree}
         hints = {"batchnorm": Literal["fold", "keep", "reestimate"], "bias_correction": bool}
         plain = {key: converted(value, hints[key], key, where) for key, value in plain.items()}
         recipe = VisionRecipe(name, core, **made, **plain, description=str(tree.get("description", "")), tree=tree)  # type: ignore[arg-type]
-        if core is None and recipe.channels is None and recipe.scores is None:
+        if not recipe.methods and recipe.channels is None and recipe.scores is None:
             raise UserError("does nothing", where, "add stages, channels or scores")
         return recipe
 
@@ -148,6 +126,11 @@ class VisionRecipe:
     def hash(self) -> str:
         """First 12 hex digits of the SHA-256 of the recipe's YAML."""
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()[:12]
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The steps of the stages, in order."""
+        return () if self.core is None else self.core.methods
 
     def targets(self, name: str) -> bool:
         """Whether the matrix of this dotted name is to be compressed."""
@@ -193,9 +176,13 @@ def _section(kind: type, options: object, key: str, where: str) -> object:
 def _core(tree: dict[str, Any], name: str, where: str, overrides: list[str]) -> Recipe | None:
     """The stages as a recipe of their own; refuses what convolutions cannot have."""
     if not tree.get("stages"):
-        if overrides:
-            raise UserError(f"'{overrides[0]}' is of a stage, and there are none", "--set", "see the recipe's keys")
-        return None
+        for override in overrides:
+            if not override.startswith("targets."):
+                raise UserError(f"'{override}' is of a stage, and there are none", "--set", "see the recipe's keys")
+        if not overrides and not tree.get("targets"):
+            return None
+        alone = {"stages": [{"prune": {"method": "magnitude", "sparsity": 0.0}}], "targets": tree.get("targets")}
+        return dataclasses.replace(Recipe.from_tree(alone, name, overrides), stages=())
     core = Recipe.from_tree({key: tree[key] for key in _CORE_KEYS if key in tree}, name, overrides)
     for stage in core.stages:
         if stage.method_name not in METHODS:

@@ -26,6 +26,8 @@ class VisionReport:
         seconds, seconds_by_phase, peak_memory_bytes: what the run cost.
         fold: pairs folded, norms that stay and why, relative change of the logits.
         channels: space → names of its layers, channels ``before`` and ``after``; empty without channel pruning.
+        latency: of channel removal under a budget of it: seconds of the dense network, and the shares of them that were
+            asked for (``target``), ``predicted`` by the table of layers, and ``measured``; empty without one.
         removal_error: relative difference of the smaller network and the one with those channels zeroed.
         recovery: epochs and losses; empty if there was none.
         matrices: reports of the compressed matrices, in order of execution.
@@ -51,6 +53,7 @@ class VisionReport:
     peak_memory_bytes: int | None = None
     fold: dict[str, Any] = field(default_factory=dict)
     channels: list[dict[str, Any]] = field(default_factory=list)
+    latency: dict[str, Any] = field(default_factory=dict)
     removal_error: float | None = None
     recovery: dict[str, Any] = field(default_factory=dict)
     matrices: list[MatrixReport] = field(default_factory=list)
@@ -105,6 +108,11 @@ class VisionReport:
         for name, pair in (("parameters", self.parameters), ("multiplications per image", self.macs)):
             if pair and pair["before"] != pair["after"]:
                 rows.append([name, f"{pair['before']:,}", f"{pair['after']:,}", change(pair)])
+        if self.latency:
+            found, dense = self.latency, self.latency["dense_seconds"]
+            before, after = (f"{1e3 * seconds:.2f} ms" for seconds in (dense, found["measured"] * dense))
+            said = f"{found['measured']:.0%}; predicted {found['predicted']:.0%}, asked for {found['target']:.0%}"
+            rows.append([f"float32 latency of {found['images']} images", before, after, said])
         if self.effective_bits is not None and self.sparsity is not None:
             rows.append(["bits per compressed weight", "32", f"{self.effective_bits:.2f}", ""])
             rows.append(["zeros in compressed weights", "", f"{self.sparsity:.1%}", ""])

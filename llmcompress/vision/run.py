@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class VisionRun:
         short = Path(model).resolve().name if Path(model).exists() else model.replace(":", "-")
         self.output = Path("compressed") / f"{short}-{self.recipe.name}" if output is None else Path(output)
         check_output(self.output, force)
+        if self.options.latency_table is None:
+            self.options = replace(self.options, latency_table=self.output.parent / "latency.json")
         self.network: Network = open_network(model)
         o, folder = self.options, self.network.folder
         check_output(self.output, force, folder)
@@ -77,16 +80,30 @@ class VisionRun:
             {"name": m.label, "shape": list(m.shape), "groups": m.groups, "targeted": self.recipe.targets(m.name)}
             for group in input_groups(module, self.images.pixels[:1]) for m in group.matrices
         ]  # fmt: skip
-        graph_of = self.network.module
-        found = spaces(graph_of, channel_graph(graph_of, self.images.pixels[:2])) if self.recipe.channels else []
         return {
-            "spaces": [
-                {"name": s.name, "count": len(s.units), "weights": s.weights, "layers": list(s.layers)} for s in found
-            ],
+            "spaces": self._planned_spaces(),
             "model": self.network.name, "recipe": self.recipe.tree, "output": str(self.output),
             "images": {"calibration": len(self.images), "held out": len(self.data.test)},
             "layers": layers, "norms folded": len(folded.pairs), "norms kept": folded.refused,
         }  # fmt: skip
+
+    def _planned_spaces(self) -> list[dict[str, Any]]:
+        """Channels that go together; how many of them stay, where that is known without measuring anything."""
+        wanted, dense = self.recipe.channels, self.network.module
+        if wanted is None:
+            return []
+        found = []
+        for space in spaces(dense, channel_graph(dense, self.images.pixels[:2])):
+            stays: int | str = f"by {wanted.budget}"
+            if not all(map(self.recipe.targets, space.layers)):
+                stays = space.channels
+            elif wanted.budget == "channels":
+                stays = space.kept(1 - wanted.ratio, wanted.multiple) * space.width
+            found.append({
+                "name": space.name, "channels": space.channels, "together": space.width, "kept": stays,
+                "weights": space.weights, "layers": list(space.layers),
+            })  # fmt: skip
+        return found
 
     def execute(self, progress: Progress | None = None, command: str = "") -> VisionReport:
         """Compresses, judges and publishes."""

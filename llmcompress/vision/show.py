@@ -24,8 +24,13 @@ def plan_text(plan: dict[str, Any]) -> str:
     ]
     spaces = plan.get("spaces")
     if spaces:
-        table = [["channels that go together", "count", "weights of one", "layers"]]
-        table += [[s["name"], str(s["count"]), str(s["weights"]), ", ".join(s["layers"])] for s in spaces]
+        table = [
+            ["channels written by", "number", "at once", "kept", "weights of one", "layers that lose them together"]
+        ]
+        table += [
+            [s["name"], *(str(s[key]) for key in ("channels", "together", "kept", "weights")), ", ".join(s["layers"])]
+            for s in spaces
+        ]
         lines.append(aligned(table))
     lines.append(f"would be written to {plan['output']}")
     return "\n\n".join(lines)

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from llmcompress.errors import UserError
 from llmcompress.measure import Phases, versions
 from llmcompress.progress import Progress
-from llmcompress.vision.channels import remove_checked, spaces
+from llmcompress.vision.budget import LatencyBudget
 from llmcompress.vision.fold import Folded, fold_norms
-from llmcompress.vision.graph import channel_graph
 from llmcompress.vision.images import Images
-from llmcompress.vision.importance import score_masks, unit_scores
+from llmcompress.vision.importance import score_masks
 from llmcompress.vision.judge import multiplications
+from llmcompress.vision.latency import LatencyTable
 from llmcompress.vision.network import takes_images
 from llmcompress.vision.recipe import VisionRecipe
+from llmcompress.vision.removal import remove_channels
 from llmcompress.vision.report import VisionReport
 from llmcompress.vision.tune import recover, reestimate
 from llmcompress.vision.walk import LayerWalk, input_groups
@@ -43,6 +44,7 @@ class VisionOptions:
         recover_epochs: of training after channels went, to say what the dense network says; 0 for none.
         on_misfit: what becomes of layers that a pattern or group does not divide: ``skip`` or ``refuse``.
         export: files for other programs, keys of `llmcompress.vision.exported.FILES`.
+        latency_table: a file of latencies measured on this machine, read if it is there and added to; None for none.
     """
 
     data: str = "digits"
@@ -54,6 +56,7 @@ class VisionOptions:
     recover_epochs: int = 0
     on_misfit: str = "skip"
     export: tuple[str, ...] = ()
+    latency_table: Path | None = None
 
     def __post_init__(self) -> None:
         for key in ("samples", "batch"):
@@ -175,28 +178,17 @@ class _Steps:
             if o.recover_epochs:
                 raise UserError("no channels go, so there is nothing to recover", "--recover-epochs", "leave it out")
             return
-        dense, names = self.module, self.recipe.targets
+        dense = self.module
         self.module = copy.deepcopy(dense)
         with self.phases("channels"):
-            graph = channel_graph(self.module, self.images.pixels[:2])
-            first = {s.name: s for s in spaces(self.module, graph) if all(map(names, s.layers))}
-            if not first:
-                raise UserError("no channels can go", type(dense).__name__, "use another recipe")
-            for number in range(1, wanted.rounds + 1):
-                share = (1 - wanted.ratio) ** (number / wanted.rounds)
-                found = [s for s in spaces(self.module, graph) if s.name in first]
-                scores = unit_scores(self.module, graph, found, wanted.importance, self.images, o.seed)
-                gone = []
-                for space, score in zip(found, scores, strict=True):
-                    kept = min(first[space.name].kept(share, wanted.multiple), len(space.units))
-                    gone.append(space.units[score.argsort(stable=True)[: len(space.units) - kept]])
-                graph, error = remove_checked(self.module, graph, torch.cat(gone), self.probe)
-                self.report.removal_error = max(error, self.report.removal_error or 0.0)
-            left = {s.name: s for s in spaces(self.module, graph)}
-        self.report.channels = [
-            {"name": n, "layers": list(s.layers), "before": s.channels, "after": left[n].channels}
-            for n, s in first.items()
-        ]  # fmt: skip
+            budget = None
+            if wanted.budget == "latency":
+                folds = self.recipe.batchnorm == "fold"
+                budget = LatencyBudget(dense, wanted, self.images.pixels, LatencyTable(o.latency_table), folds)
+            gone = remove_channels(self.module, wanted, self.images, self.probe, self.recipe.targets, o.seed, budget)
+        self.report.channels, self.report.removal_error = gone.channels, gone.error
+        self.report.latency = gone.latency
+        self.report.warnings += gone.warnings
         if o.recover_epochs:
             with self.phases("recover"):
                 images = self.images if self.train is None else self.train
@@ -219,7 +211,7 @@ class _Steps:
         return masks
 
     def _walk(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.recipe.core is None and not masks:
+        if not self.recipe.methods and not masks:
             return {}
         batches = self.images.batches(self.options.batch)
         walk = LayerWalk(self.module, batches, self.recipe, masks=masks, refuse=self.options.on_misfit == "refuse")

@@ -105,7 +105,7 @@ class LayerWalk:
     ) -> None:
         self.module, self.batches, self.recipe, self.refuse = module, batches, recipe, refuse
         self._methods, self._masks = methods or {}, masks or {}
-        self._core: tuple[Method, ...] = () if recipe.core is None else recipe.core.methods
+        self._core = recipe.methods
         self._needs = frozenset[str]().union(*(m.needs for m in self._core))
         self.result = Walked()
         self._codes: dict[str, list[QuantizedWeight]] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.nn import functional as F
 
@@ -191,6 +192,13 @@ def test_a_dry_run_prints_the_groups_and_writes_nothing(tmp_path: Path, capsys: 
     assert main(["vision", "--recipe", "channels", "--dry-run", "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "stem.0, stages.0.second.0, stages.1.second.0" in shown and not list(tmp_path.iterdir())
+
+
+def test_channels_of_a_layer_that_is_no_target_stay(resnet: nn.Module) -> None:
+    recipe = VisionRecipe.load("channels", ["targets.exclude=[stages.0*]"])
+    gone = {entry["name"] for entry in compress_vision(resnet, CALIBRATION.batches(), recipe).report.channels}
+    assert "stages.1.first.0" in gone and not gone & {"stem.0", "stages.0.first.0"}  # a shortcut couples the stem
+    assert VisionRecipe.from_tree(yaml.safe_load(recipe.to_yaml()), "t").targets("stages.0.first.0") is False
 
 
 @pytest.mark.parametrize("model", ["resnet", "mobilenet"])
