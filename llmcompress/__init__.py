@@ -12,8 +12,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmcompress.api import compress, load
+    from llmcompress.api import compress
     from llmcompress.recipe import Recipe
+    from llmcompress.runtime.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "compress", "load"]
@@ -21,7 +22,7 @@ __all__ = ["Recipe", "__version__", "compress", "load"]
 _HOMES = {
     "Recipe": "llmcompress.recipe",
     "compress": "llmcompress.api",
-    "load": "llmcompress.api",
+    "load": "llmcompress.runtime.loading",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 import re
 import sys
@@ -13,8 +14,13 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _C_LIBRARY = None if sys.platform == "win32" else ctypes.CDLL(None)
+#: of /proc/self/smaps: private mappings of files that are not written to, each with its figures
+_MAPPING = re.compile(
+    r"^(?P<first>[0-9a-f]+)-(?P<last>[0-9a-f]+) r-[x-]p \S+ \S+ \d+ +/.*\n(?P<figures>(?:\w+:.*\n)+)", re.MULTILINE
+)
 _PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "safetensors", "numba", "numpy", "scipy")
 
 
@@ -90,6 +96,28 @@ def release_freed_memory() -> None:
     trim = getattr(_C_LIBRARY, "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def release_mapped(tensor: Tensor) -> None:
+    """Takes a tensor's pages out of memory; they come back from the file it is mapped from, without any changes."""
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    _forget(-(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE)
+
+
+def release_file_pages() -> None:
+    """Takes out of memory what is mapped from files and was not changed: mostly code of libraries that importing and
+    loading went through and running does not. What is used again comes back from the system's cache (Linux)."""
+    table = Path("/proc/self/smaps")
+    for mapping in _MAPPING.finditer(table.read_text()) if table.is_file() else ():
+        if re.search(r"^Anonymous: +0 kB", mapping["figures"], re.MULTILINE):
+            _forget(int(mapping["first"], 16), int(mapping["last"], 16))
+
+
+def _forget(first: int, last: int) -> None:
+    """MADV_DONTNEED for the pages between two addresses."""
+    madvise = getattr(_C_LIBRARY, "madvise", None)
+    if madvise is not None and sys.platform == "linux" and last > first:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def versions() -> dict[str, str]:

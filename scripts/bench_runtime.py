@@ -9,8 +9,8 @@ and runtime, in bitsandbytes', as transformers runs llm-compressor's W8A8 folder
 Every variant runs in a process of its own: 512 random tokens of prompt, then tokens one by one with a KV cache, all in
 bfloat16 on ``--threads`` threads. ``measure`` takes the variants with the fewest rounds first and begins none after
 ``--seconds``. Rounds are collected in scripts/results/runtime.json; ratios are to the dense model in bfloat16 through
-transformers. ``process`` is the resident memory of the whole process, ``model`` what of it came with loading and
-running: the libraries alone take some 0.45 GiB.
+transformers. ``process`` is the resident memory of the whole process, ``model`` how much more that is than before
+loading, when torch and transformers take some 0.36 GiB, of which `load` gives a part back.
 
 bitsandbytes and the environment of llm-compressor (``make bench-setup``) are needed by ``prepare`` only."""
 

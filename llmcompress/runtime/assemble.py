@@ -14,14 +14,15 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
-from llmcompress.measure import release_freed_memory
+from llmcompress.measure import release_file_pages, release_freed_memory, release_mapped
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
-from llmcompress.runtime.choose import RuntimeSummary, choose, require_kernel
+from llmcompress.runtime.choose import choose
 from llmcompress.runtime.cuda import Float8CudaLinear, Int8CudaLinear
 from llmcompress.runtime.int4 import W4A16Linear
 from llmcompress.runtime.int8 import W8A8Linear
 from llmcompress.runtime.simulated import simulate
+from llmcompress.runtime.summary import RuntimeSummary, require_kernel
 
 
 def survey(model: BlockwiseModel, runtime: str, device: str) -> tuple[dict[str, str], RuntimeSummary]:
@@ -67,6 +68,7 @@ def assemble(
     _try(network, folder)
     if (folder / "generation_config.json").is_file():
         network.generation_config = GenerationConfig.from_pretrained(folder)
+    release_file_pages()  # a compiler and half of torch were read to get here
     return network, summary
 
 
@@ -92,6 +94,14 @@ def _map_embedding(model: BlockwiseModel) -> None:
     with safe_open(model.checkpoint.folder / info.file, framework="pt") as handle:
         mapped = handle.get_tensor(model.source_names[name][0])
     table.weight = nn.Parameter(mapped, requires_grad=False)
+    table.register_forward_hook(_unmap_rows)
+
+
+def _unmap_rows(table: nn.Module, given: tuple[Tensor, ...], rows: Tensor) -> None:
+    """Takes the rows that were looked up out of memory: with each, the system mapped 64 KiB around it. A table that
+    somebody changed is left alone."""
+    if isinstance(table.weight, Tensor) and table.weight._version == 0:
+        release_mapped(table.weight)
 
 
 def _fill(model: BlockwiseModel, kernels: dict[str, str], load_others: Callable[[], object]) -> None:

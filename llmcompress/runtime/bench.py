@@ -55,7 +55,7 @@ class Variant:
         return int(statistics.median(found.resident_bytes for found in self.rounds))
 
     def model_bytes(self) -> int:
-        """Of them, what loading and running the model added."""
+        """Of them, what loading and running the model added, less what `load` gave back of what was there before."""
         return int(statistics.median(found.resident_bytes - found.base_bytes for found in self.rounds))
 
     def to_dict(self) -> dict[str, Any]:

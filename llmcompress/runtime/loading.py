@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmcompress.errors import UserError, nearest
 from llmcompress.export.destination import refuse_network
 from llmcompress.export.sparse import is_packed
-from llmcompress.runtime.assemble import assemble
-from llmcompress.runtime.choose import RUNTIMES, RuntimeSummary, require_kernel
+from llmcompress.runtime.summary import RUNTIMES, RuntimeSummary, require_kernel
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -79,6 +78,8 @@ def _with_kernels(
     if runtime == "dense" or not config:
         require_kernel(summary, runtime, str(folder))
         return None, summary
+    from llmcompress.runtime.assemble import assemble
+
     try:
         return assemble(folder, dtype, str(device), runtime)
     except UserError as error:
