@@ -150,7 +150,8 @@ class Outcome:
         return MatrixReport(matrix.name, (matrix.weight.shape[0], matrix.columns), zeros, bits, error)
 
     def _commit_matrix(self, view: MatrixView, matrix: Matrix, work: MatrixGroup) -> None:
-        if matrix.quantized is not None and not unsupported(type(view.module)):
+        why = "" if matrix.quantized is None else unsupported(type(view.module), matrix.quantized.grid)
+        if matrix.quantized is not None and not why:
             scheme = loadable(Scheme(matrix.quantized.grid, work.activations, matrix.outputs), self.model.unpacks)
             self.codes[view.name] = StoredCodes(matrix.quantized, scheme, work.activation_levels)
             stored = matrix.weight
@@ -158,10 +159,7 @@ class Outcome:
             if matrix.quantized is not None:
                 work.activations = None
                 subject = self.model.expert_layer(view.name) or view.name  # once for all of a layer's experts
-                self._warn(
-                    f"{subject}: rounded weights are stored dense and inputs are not rounded, "
-                    f"{unsupported(type(view.module))}"
-                )
+                self._warn(f"{subject}: rounded weights are stored dense and inputs are not rounded, {why}")
             stored = matrix.weight.to(self.dtype)
             require_no_overflow({f"{view.name}.weight": stored})  # or the tokens that go on would be blamed
             self._keep_dense(view, stored)

@@ -17,6 +17,7 @@ from llmcompress.export.quantized import (
     storage_format,
     storage_note,
     stored_bits_per_weight,
+    uncontained,
     unsupported,
 )
 from llmcompress.model.load import BlockwiseModel
@@ -149,6 +150,9 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int
     for method in recipe.methods if views else ():
         if misnamed := method.misnamed([view.name for view in views if not unsupported(type(view.module))]):
             raise UserError(misnamed, type(model.model).__name__, "write the pattern of its name, such as '*.query'")
+    inputs = any(getattr(method, "activations", None) for method in recipe.methods)
+    if recipe.grid and inputs and (why := uncontained(recipe.grid)):
+        raise UserError(why, f"recipe {recipe.name}: quantize", "leave activations out, and weights are stored dense")
     if (grid := recipe.grid) and (why := unloadable(grid, model.checkpoint.dtype)):
         raise UserError(why, f"recipe {recipe.name}: quantize", "use fp8, or a bfloat16 checkpoint")
     if not views:
@@ -171,7 +175,7 @@ def estimate_size(model: BlockwiseModel, recipe: Recipe, removed: float = 0.0) -
 def _scheme(recipe: Recipe, model: BlockwiseModel) -> Scheme | None:
     """How matrices will be stored; None if they are not quantized."""
     steps = [method for method in recipe.methods if method.stage == "quantize"]
-    if not steps or not recipe.grid:
+    if not steps or not recipe.grid or uncontained(recipe.grid):
         return None
     activations = getattr(steps[-1], "activations", None)
     outputs = activations if getattr(steps[-1], "quantize_outputs", ()) else None
@@ -179,14 +183,17 @@ def _scheme(recipe: Recipe, model: BlockwiseModel) -> Scheme | None:
 
 
 def _notes(recipe: Recipe, model: BlockwiseModel) -> list[str]:
-    scheme = _scheme(recipe, model)
-    if scheme is None:
+    scheme, grid = _scheme(recipe, model), recipe.grid
+    if grid is None:
         return []
-    refused = {unsupported(type(view.module)) for view in _matrices(model) if recipe.targets(view.name)} - {""}
+    refused = {unsupported(type(view.module), grid) for view in _matrices(model) if recipe.targets(view.name)} - {""}
+    dense = [f"rounded weights are stored dense and inputs are not rounded, {why}" for why in sorted(refused)]
+    if scheme is None:
+        return dense
     noted = [storage_note(scheme)] if storage_note(scheme) else []
     if experts_note(scheme) and any(model.merges_expert(v.name) for v in _matrices(model) if recipe.targets(v.name)):
         noted.append(experts_note(scheme))
-    return noted + [f"rounded weights are stored dense and inputs are not rounded, {why}" for why in sorted(refused)]
+    return noted + dense
 
 
 def _gradient_memory(model: BlockwiseModel, method: StructuredMethod, block: int) -> int:

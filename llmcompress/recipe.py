@@ -287,8 +287,9 @@ def _build_stage(kind: str, options: dict[str, object], where: str) -> Stage:
         raise UserError(f"method {name} needs '{missing[0]}'", where, f"add {missing[0]}: …")
     hints = typing.get_type_hints(cls)
     values = {key: converted(value, hints[key], key, where) for key, value in fields.items()}
-    if name != "rtn" and any(isinstance(value, QuantGrid) and value.kind != "int" for value in values.values()):
-        raise UserError(f"{name} rounds to integers only", where, "use method: rtn")
+    grids = [value for value in values.values() if isinstance(value, QuantGrid)]
+    if name not in ("rtn", "gptq") and any(grid.kind != "int" or grid.stochastic is not None for grid in grids):
+        raise UserError(f"{name} rounds to the nearest integers only", where, "use method: rtn or gptq")
     return Stage(kind, name, cls(**values), fields)
 
 

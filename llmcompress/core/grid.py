@@ -1,5 +1,5 @@
 """Quantization grids: which values a weight or an activation may take, and how it is rounded to them. Those of small
-floating-point numbers are `llmcompress.core.floats`'.
+floating-point numbers are `llmcompress.core.floats`', other tables of levels `llmcompress.core.codebook`'s.
 
 The arithmetic is that of the compressed-tensors checkpoints this project writes, so what is measured here is
 what a loader computes: signed codes in [-2^(b-1), 2^(b-1) - 1], symmetric scale absmax / ((2^b - 1) / 2), and zero
@@ -7,14 +7,17 @@ always on the grid."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from llmcompress.core.codebook import KINDS, Table, best_scale, codebook, float_table, range_scale
 from llmcompress.core.floats import FLOATS, float_codes, float_scale, float_values
-from llmcompress.core.notation import check, read_fields
+from llmcompress.core.notation import parse
 from llmcompress.core.observe import best_trial
 from llmcompress.errors import UserError
 
@@ -48,7 +51,7 @@ class Levels:
 
 @dataclass(frozen=True)
 class QuantGrid:
-    """An integer grid and the part of a tensor that shares one scale.
+    """A grid and the part of a tensor that shares one scale.
 
     Attributes:
         bits: 2 to 8.
@@ -58,7 +61,10 @@ class QuantGrid:
         dynamic: activations only: the scale is taken from each input at run time, not from calibration.
         observer: ``minmax``, or ``mse`` to shrink the range where that lowers the rounding error; of static activations
             also ``percentile``, ``kl`` and ``entropy`` (see `observed_range`).
-        kind: ``int``, or small floating-point numbers: a key of `FLOATS`.
+        kind: ``int``; small floating-point numbers, a key of `FLOATS`; or another table of levels, one of
+            `llmcompress.core.codebook.KINDS`, for which ``mse`` is the scale of least squares.
+        values: the table of a ``codebook``; () for one that suits normal weights.
+        stochastic: seed of random rounding, up as likely as the value is near the upper level; None for the nearest.
     """
 
     bits: int = 8
@@ -67,15 +73,17 @@ class QuantGrid:
     dynamic: bool = False
     observer: str = "minmax"
     kind: str = "int"
+    values: tuple[float, ...] = ()
+    stochastic: int | None = None
 
     @staticmethod
     def parse_weights(value: object) -> QuantGrid:
-        """Reads ``int8``, ``int4-g128``, ``int4-g128-asym``, ``int8-tensor`` or a mapping of the fields.
+        """Reads ``int8``, ``int4-g128-asym``, ``int8-tensor``, ``fp8``, ``power4`` or a mapping of the fields.
 
         Raises:
             UserError: unknown word, key, bits outside 2–8, or a grouping weights cannot have.
         """
-        grid = _parse(value, "weights", QuantGrid(group="channel"))
+        grid = parse(value, "weights", QuantGrid(group="channel"))
         if grid.group == "token" or grid.dynamic:
             raise UserError(
                 "weights have no tokens and do not change", "weights", "group them by channel, tensor or a number"
@@ -85,7 +93,7 @@ class QuantGrid:
     @staticmethod
     def parse_activations(value: object) -> QuantGrid:
         """Reads ``int8`` (per token, dynamic), ``int8-static`` (per tensor), ``int8-tensor``, or a mapping."""
-        grid = _parse(value, "activations", QuantGrid(group="token", dynamic=True))
+        grid = parse(value, "activations", QuantGrid(group="token", dynamic=True))
         if grid.group == "channel":
             raise UserError(
                 "a scale per input channel cannot be multiplied out", "activations", "group by token or tensor"
@@ -102,6 +110,19 @@ class QuantGrid:
     def range(self) -> tuple[int, int]:
         """Lowest and highest code."""
         return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+
+    @cached_property
+    def table(self) -> Table | None:
+        """The levels before they are scaled; None for integers."""
+        if self.kind == "int":
+            return None
+        return float_table(self.kind) if self.kind in FLOATS else codebook(self.kind, self.bits, self.values)
+
+    def generator(self, name: str) -> torch.Generator | None:
+        """What random rounding of the tensor of this name is drawn from; None where rounding is not random."""
+        if self.stochastic is None:
+            return None
+        return torch.Generator().manual_seed(self.stochastic ^ zlib.crc32(name.encode()))
 
     def group_size(self, columns: int) -> int:
         """Columns that share a scale."""
@@ -139,6 +160,11 @@ class QuantGrid:
             return self.levels(low, high, scale_dtype)
         grouped = self._grouped(x.float())
         weight = None if column_weight is None else self._grouped(column_weight.float().expand_as(x))
+        if self.table is not None:
+            size = grouped.shape[-1]
+            weight = None if weight is None else weight.reshape(-1, size)
+            scale = best_scale(grouped.reshape(-1, size), self.table, weight).view_as(low)
+            return Levels(_storable(scale, scale_dtype))
         return self._fit_mse(grouped, low, high, scale_dtype, weight)
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +176,9 @@ class QuantGrid:
         self, low: Tensor, high: Tensor, scale_dtype: torch.dtype = torch.float32, most: Tensor | None = None
     ) -> Levels:
         """The grid over [low, high], where low ≤ 0 ≤ high, both (rows or 1, G); ``most`` as `float_scale` has it."""
+        if self.kind in KINDS:
+            assert self.table is not None
+            return Levels(_storable(range_scale(self.kind, self.table, low, high), scale_dtype))
         if self.kind != "int":
             scale, outer = float_scale(self.kind, torch.maximum(-low, high), scale_dtype, most)
             return Levels(scale, None, outer)
@@ -161,31 +190,48 @@ class QuantGrid:
         scale = _storable((high - low) / span, scale_dtype)
         return Levels(scale, torch.clamp(torch.round(bottom - low / scale), bottom, top))
 
-    def quantize(self, x: Tensor, levels: Levels) -> Tensor:
-        """Codes of ``x``, (rows, cols) int8. Zero gets the code that reads back as exactly zero."""
+    def quantize(self, x: Tensor, levels: Levels, generator: torch.Generator | None = None) -> Tensor:
+        """Codes of ``x``, (rows, cols) int8. Zero gets the code that reads back as exactly zero.
+
+        Args:
+            generator: random rounding is drawn from it; None rounds to the nearest, whatever ``stochastic`` says.
+        """
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         for rows, scale, zero in _parts(x, levels):
             exact = self._grouped(x[rows].float()) / scale
-            if self.kind != "int":
-                codes[rows] = float_codes(self.kind, exact).view_as(codes[rows])
-                continue
-            exact = exact if zero is None else exact.add_(zero)
-            codes[rows] = exact.round_().clamp_(*self.range).view_as(codes[rows])
+            uniform = None if generator is None else torch.rand(exact.shape, generator=generator).to(x.device)
+            codes[rows] = self._codes(exact if zero is None else exact.add_(zero), uniform).view_as(codes[rows])
         return codes
+
+    def _codes(self, exact: Tensor, uniform: Tensor | None) -> Tensor:
+        """Codes of values over their scales, which may be overwritten."""
+        if self.table is None:
+            exact = exact.round_() if uniform is None else exact.add_(uniform).floor_()
+            return exact.clamp_(*self.range)
+        if self.kind in KINDS:
+            return self.table.index(exact, uniform) - self.table.middle
+        if uniform is not None:
+            exact = self.table.values.to(exact.device)[self.table.index(exact, uniform)]
+        return float_codes(self.kind, exact)
 
     def dequantize(self, codes: Tensor, levels: Levels) -> Tensor:
         """(rows, cols) float32 values of ``codes``."""
         values = torch.empty(codes.shape, device=codes.device)
         for rows, scale, zero in _parts(codes, levels):
-            plain = codes[rows] if self.kind == "int" else float_values(self.kind, codes[rows])
-            part = self._grouped(values[rows].copy_(plain))
+            part = self._grouped(values[rows].copy_(self._plain(codes[rows])))
             part = part if zero is None else part.sub_(zero)
             part.mul_(scale)
         return values
 
-    def round(self, x: Tensor, levels: Levels) -> Tensor:
+    def _plain(self, codes: Tensor) -> Tensor:
+        """Codes as the numbers that are scaled."""
+        if self.table is None:
+            return codes
+        return self.table.read(codes) if self.kind in KINDS else float_values(self.kind, codes)
+
+    def round(self, x: Tensor, levels: Levels, generator: torch.Generator | None = None) -> Tensor:
         """``x`` on the grid, float32."""
-        return self.dequantize(self.quantize(x, levels), levels)
+        return self.dequantize(self.quantize(x, levels, generator), levels)
 
     def round_activations(self, x: Tensor, levels: Levels | None = None) -> Tensor:
         """An activation as run time sees it: rounded per token, tensor or group, in its own dtype.
@@ -262,17 +308,3 @@ def _storable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales as they read back from ``dtype``; an all-zero group gets the dtype's epsilon, as the format has it."""
     stored = scale.to(dtype).float()
     return torch.where(stored == 0, torch.finfo(dtype).eps, stored)
-
-
-def _parse(value: object, where: str, default: QuantGrid) -> QuantGrid:
-    if isinstance(value, QuantGrid):
-        return value
-    fields = read_fields(value, where)
-    if fields.get("dynamic") is False and "group" not in fields and where == "activations":
-        fields["group"] = "tensor"
-    grid = replace(default, **fields)
-    check(grid, where)
-    if grid.kind == "int":
-        return grid
-    bits, size = FLOATS[grid.kind]
-    return replace(grid, bits=bits, group=size or grid.group)

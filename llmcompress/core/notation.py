@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.core.codebook import KINDS
 from llmcompress.core.floats import FLOATS
 from llmcompress.errors import UserError, nearest
 
@@ -14,7 +17,33 @@ if TYPE_CHECKING:
 GROUPINGS = ("tensor", "channel", "token")
 OBSERVERS = ("minmax", "mse")
 INPUT_OBSERVERS = ("minmax", "percentile", "mse", "kl", "entropy")
-_KEYS = ("bits", "symmetric", "group", "dynamic", "observer", "kind")
+_KEYS = ("bits", "symmetric", "group", "dynamic", "observer", "kind", "values", "stochastic")
+#: grids with numbers of bits
+_WIDE = ("int", *KINDS)
+
+
+def parse(value: object, where: str, default: QuantGrid) -> QuantGrid:
+    """A grid as written, or one already.
+
+    Args:
+        value: words, a mapping, or a grid.
+        where: ``weights`` or ``activations``.
+        default: fields that are not given.
+
+    Raises:
+        UserError: it is no grid, or not one for this.
+    """
+    if isinstance(value, type(default)):
+        return value
+    fields = read_fields(value, where)
+    if fields.get("dynamic") is False and "group" not in fields and where == "activations":
+        fields["group"] = "tensor"
+    grid = replace(default, **fields)
+    check(grid, where)
+    if grid.kind not in FLOATS:
+        return replace(grid, bits=math.ceil(math.log2(len(grid.values)))) if grid.values else grid
+    bits, size = FLOATS[grid.kind]
+    return replace(grid, bits=bits, group=size or grid.group)
 
 
 def read_fields(value: object, where: str) -> dict[str, Any]:
@@ -27,18 +56,43 @@ def read_fields(value: object, where: str) -> dict[str, Any]:
     Raises:
         UserError: an unknown word or key.
     """
-    if not isinstance(value, dict):
-        return _parse_words(str(value), where)
-    unknown = [key for key in value if key not in _KEYS]
+    fields = dict(value) if isinstance(value, dict) else _parse_words(str(value), where)
+    unknown = [key for key in fields if key not in _KEYS]
     if unknown:
         raise UserError(f"unknown key '{unknown[0]}'", where, nearest(str(unknown[0]), _KEYS))
-    return dict(value)
+    if "values" in fields:
+        fields["values"] = _table(fields["values"], f"{where}: values")
+    if fields.get("kind") in ("log", "codebook"):
+        fields.setdefault("observer", "mse")  # what defines them
+    return fields
+
+
+def _table(values: object, where: str) -> tuple[float, ...]:
+    """The levels of a codebook."""
+    fix = "write ascending numbers with a zero, such as [-1, -0.4, 0, 0.4, 1]"
+    if not isinstance(values, list | tuple) or not all(type(v) in (int, float) for v in values):
+        raise UserError(f"{values!r} is no list of numbers", where, fix)
+    found = tuple(float(v) for v in values)
+    if list(found) != sorted(set(found)) or 0.0 not in found or not 2 <= len(found) <= 256:
+        raise UserError("is no table of 2 to 256 levels", where, fix)
+    return found
 
 
 def check(grid: QuantGrid, where: str) -> None:
     """Raises UserError if the fields do not make a grid."""
-    if grid.kind != "int":
+    seed = grid.stochastic
+    if seed is not None and (type(seed) is not int or seed < 0):
+        raise UserError(f"{seed!r} is no seed", f"{where}: stochastic", "write a number such as 0")
+    if where == "activations" and (seed is not None or grid.kind in KINDS):
+        raise UserError("is for weights", f"{where}: {grid.kind if seed is None else 'stochastic'}", "use int8 or fp8")
+    if grid.values and grid.kind != "codebook":
+        raise UserError(f"{grid.kind} has its own levels", f"{where}: values", "write kind: codebook")
+    if grid.kind not in _WIDE:
         return _check_float(grid, where)
+    if grid.kind in KINDS and not grid.symmetric:
+        raise UserError(f"{grid.kind} has no zero point", where, "leave asym out")
+    if grid.kind == "power" and grid.observer != "minmax":
+        raise UserError("powers of two take their range from the largest value", where, "leave the observer out")
     if type(grid.bits) is not int or not 2 <= grid.bits <= 8:
         raise UserError(f"{grid.bits} bits", where, "use 2 to 8 bits")
     if isinstance(grid.group, str) and grid.group not in GROUPINGS:
@@ -56,7 +110,7 @@ def check(grid: QuantGrid, where: str) -> None:
 
 def _check_float(grid: QuantGrid, where: str) -> None:
     if grid.kind not in FLOATS:
-        raise UserError(f"unknown kind '{grid.kind}'", where, nearest(grid.kind, ["int", *FLOATS]))
+        raise UserError(f"unknown kind '{grid.kind}'", where, nearest(grid.kind, [*_WIDE, *FLOATS]))
     size = FLOATS[grid.kind][1]
     if not grid.symmetric or grid.observer != "minmax":
         raise UserError(f"{grid.kind} is symmetric and takes its range from the largest value", where)
@@ -69,15 +123,16 @@ def _check_float(grid: QuantGrid, where: str) -> None:
 def _parse_words(text: str, where: str) -> dict[str, object]:
     """``int4-g128-asym`` as fields."""
     head, *words = text.strip().split("-")
-    if head not in FLOATS and not re.fullmatch(r"int\d{1,3}", head):
-        raise UserError(
-            f"'{text}' is no grid", where, "write int8, int4-g128, fp8, or {bits: 6, group: channel, symmetric: true}"
-        )
-    fields: dict[str, object] = {"kind": head} if head in FLOATS else {"bits": int(head[3:])}
+    wide = re.fullmatch(rf"({'|'.join(_WIDE)})(\d{{1,3}})", head)
+    if head not in FLOATS and not wide:
+        fix = "write int8, int4-g128, fp8, power4, or {bits: 6, group: channel, symmetric: true}"
+        raise UserError(f"'{text}' is no grid", where, fix)
+    fields: dict[str, object] = {"kind": wide[1], "bits": int(wide[2])} if wide else {"kind": head}
     meanings: dict[str, tuple[str, object]] = {
         "asym": ("symmetric", False),
         "sym": ("symmetric", True),
         "static": ("dynamic", False),
+        "stochastic": ("stochastic", 0),
     }
     meanings |= {"dynamic": ("dynamic", True)} | {name: ("observer", name) for name in INPUT_OBSERVERS}
     meanings |= {name: ("group", name) for name in GROUPINGS}

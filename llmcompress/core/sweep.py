@@ -152,7 +152,8 @@ def sweep(
         mask, rounding: hold their decisions afterwards.
         out: (out, in) contiguous, where to put Q: ``weight`` itself if that is no longer needed.
 
-    Devices for which there is no kernel, and other dtypes, take the reference.
+    Devices for which there is no kernel, other dtypes, random rounding, and on CUDA grids that are no integers take the
+    reference.
 
     Returns:
         (out, in) Q: exact zeros, values on the grid.
@@ -162,7 +163,7 @@ def sweep(
     """
     targets: list[ColumnTarget] = [t for t in (mask, rounding) if t is not None]
     kernels = kernels_for(weight.device)
-    if weight.dtype != torch.float32 or kernels is None:
+    if weight.dtype != torch.float32 or kernels is None or not _compiled(rounding, weight.device):
         Q = sweep_reference(weight, factor, targets)
         return Q if out is None else out.copy_(Q)
     V, W = factor.V, weight.contiguous()
@@ -235,8 +236,17 @@ def _sweep_columns(
     scale, zero = (rounding.scale, rounding.zero) if rounding else (none, none)
     level_of = rounding.level_of[now] if rounding else none.long().view(-1)
     codes = rounding.grid.range if rounding else (0, 0)
+    table = rounding.grid.table if rounding else None
+    tables = () if table is None else ((table.middles, table.values),)
     block = V[now, now].contiguous()
-    kernels.sweep_columns(W, Q, now.start, E, S, block, keep, n, m, scale, zero, level_of, codes)
+    kernels.sweep_columns(W, Q, now.start, E, S, block, keep, n, m, scale, zero, level_of, codes, *tables)
+
+
+def _compiled(rounding: Round | None, device: torch.device) -> bool:
+    """Whether the kernels of a device know how to round so."""
+    if rounding is None:
+        return True
+    return rounding.generator is None and (rounding.grid.kind == "int" or device.type == "cpu")
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:

@@ -82,6 +82,7 @@ class Round:
         level_of: (in,) index of the group each column belongs to, for columns that are not in their original order;
             all levels are then fixed ahead, from ``weight`` in its original order.
         static: fix levels ahead in any case.
+        generator: of a grid that rounds at random.
     """
 
     def __init__(
@@ -92,11 +93,12 @@ class Round:
         mask: Mask | None = None,
         level_of: Tensor | None = None,
         static: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         rows, columns = weight.shape
         size = grid.group_size(columns)
         ahead = static or level_of is not None or size == columns
-        self.grid, self.scale_dtype, self.mask = grid, scale_dtype, mask
+        self.grid, self.scale_dtype, self.mask, self.generator = grid, scale_dtype, mask, generator
         self.group = 0 if ahead else size
         self.level_of = torch.arange(columns, device=weight.device) // size if level_of is None else level_of
         self.scale = torch.ones(columns // size, rows, device=weight.device)
@@ -124,7 +126,7 @@ class Round:
     def project(self, column: Tensor, j: int) -> Tensor:
         group = int(self.level_of[j])
         levels = Levels(self.scale[group, :, None], self.zero[group, :, None])
-        return replace(self.grid, group="channel").round(column[:, None], levels)[:, 0]
+        return replace(self.grid, group="channel").round(column[:, None], levels, self.generator)[:, 0]
 
 
 def _keep_highest(score: Tensor, drop: int) -> Tensor:

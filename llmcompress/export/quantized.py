@@ -39,6 +39,7 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor, nn
 
+from llmcompress.core.codebook import KINDS
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.errors import UserError
 from llmcompress.export.floats import float_args, float_grid, pack_floats, unpack_floats
@@ -78,18 +79,25 @@ class Scheme:
     packs: bool = True
 
     def stored(self) -> Scheme:
-        """What of the scheme a checkpoint records: not the observer, which only chose the scales."""
+        """What of the scheme a checkpoint records: not the observer and the seed, which only chose scales and codes."""
         inputs = None if self.activations is None else replace(self.activations, observer="minmax")
-        return replace(self, weights=replace(self.weights, observer="minmax"), activations=inputs)
+        return replace(self, weights=replace(self.weights, observer="minmax", stochastic=None), activations=inputs)
 
 
-def unsupported(module_type: type[nn.Module]) -> str:
-    """Why modules of this type cannot be stored quantized; empty if they can."""
+def unsupported(module_type: type[nn.Module], grid: QuantGrid | None = None) -> str:
+    """Why modules of this type cannot be stored quantized, or not on this grid; empty if they can."""
+    if grid is not None and uncontained(grid):
+        return uncontained(grid)
     if getattr(module_type, "stacked", False):
         return "compressed-tensors has no room for the stacked experts of this checkpoint"
     if issubclass(module_type, nn.Linear):
         return ""
     return f"compressed-tensors quantizes Linear modules only, not {module_type.__name__}"
+
+
+def uncontained(grid: QuantGrid) -> str:
+    """Why no checkpoint holds codes of this grid; empty if one does."""
+    return f"compressed-tensors has no container for {grid.kind} levels" if grid.kind in KINDS else ""
 
 
 def storage_format(scheme: Scheme) -> str:

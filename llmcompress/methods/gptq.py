@@ -24,7 +24,7 @@ from llmcompress.core.sweep import sweep
 from llmcompress.core.targets import Mask, Round
 from llmcompress.errors import UserError
 from llmcompress.methods.curvature import Curvature, Problem, gram_for
-from llmcompress.methods.rtn import RTN, check_outputs, set_activation_grid, set_output_grids, unmatched
+from llmcompress.methods.rtn import RTN, check_kinds, check_outputs, set_activation_grid, set_output_grids, unmatched
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class GPTQ(Method):
 
     def __post_init__(self) -> None:
         check_outputs(self.activations, self.quantize_outputs)
+        check_kinds(self.weights, self.activations)
+        if self.weights.kind == "nvfp4":
+            raise UserError("nvfp4's outer scale is of weights before the sweep", "quantize", "use method: rtn")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -127,7 +130,8 @@ class GPTQ(Method):
         moved = matrix.keep is None and (curvature.C is not None or bool(curvature.factor.dead.any()))
         fitted = curvature.restored(W) if moved else matrix.weight
         level_of = None if order is None else order // self.weights.group_size(matrix.columns)
-        rounding = Round(self.weights, fitted, matrix.scale_dtype, mask, level_of, self.static_groups)
+        generator = self.weights.generator(matrix.name)
+        rounding = Round(self.weights, fitted, matrix.scale_dtype, mask, level_of, self.static_groups, generator)
         Q = curvature.restored(sweep(W, curvature.factor, mask, rounding, out=W))
         if mask is not None and sparsity is not None:
             matrix.prune(curvature.restored(mask.keep), Q)

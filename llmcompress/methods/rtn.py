@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from llmcompress.core.codebook import KINDS
 from llmcompress.core.grid import SHARES, QuantGrid, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.observe import observed_range
@@ -41,13 +42,7 @@ class RTN(Method):
 
     def __post_init__(self) -> None:
         check_outputs(self.activations, self.quantize_outputs)
-        inputs = self.activations
-        if inputs is not None and (inputs.kind != self.weights.kind or self.weights.kind not in ("int", "fp8")):
-            raise UserError(
-                f"{inputs.kind} inputs and {self.weights.kind} weights have no format together",
-                "quantize",
-                "use fp8 for both, integers for both, or leave activations out",
-            )
+        check_kinds(self.weights, self.activations)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -78,7 +73,7 @@ def round_to_nearest(matrix: Matrix, grid: QuantGrid, most: Tensor | None = None
         levels = grid.fit(matrix.weight, matrix.scale_dtype)
     else:
         levels = grid.levels(*grid.bounds(matrix.weight), matrix.scale_dtype, most)
-    return QuantizedWeight(grid.quantize(matrix.weight, levels), levels, grid)
+    return QuantizedWeight(grid.quantize(matrix.weight, levels, grid.generator(matrix.name)), levels, grid)
 
 
 def set_activation_grid(group: MatrixGroup, stats: InputStats, grid: QuantGrid | None) -> None:
@@ -97,6 +92,17 @@ def set_output_grids(group: MatrixGroup, patterns: Sequence[str]) -> None:
     """Notes which matrices' outputs are rounded at run time: with the grid of the inputs, set before."""
     for matrix in group:
         matrix.outputs = group.activations if any(_means(p, matrix.name) for p in patterns) else None
+
+
+def check_kinds(weights: QuantGrid, inputs: QuantGrid | None) -> None:
+    """Raises UserError if no product of such weights and inputs is known."""
+    if inputs is None or weights.kind in KINDS or (inputs.kind == weights.kind and weights.kind in ("int", "fp8")):
+        return
+    raise UserError(
+        f"{inputs.kind} inputs and {weights.kind} weights have no format together",
+        "quantize",
+        "use fp8 for both, integers for both, or leave activations out",
+    )
 
 
 def check_outputs(activations: QuantGrid | None, patterns: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.core.floats import E4M3, E4M3_MOST
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.errors import UserError
 
@@ -44,9 +45,11 @@ def joined(parts: list[QuantizedWeight]) -> QuantizedWeight:
 
 
 def round_inputs(x: Tensor, grid: QuantGrid, levels: Levels | None) -> Tensor:
-    """``x`` of any shape on a grid per tensor, by operations that trace where the grid is an integer one."""
-    if grid.kind != "int" or levels is None:
-        return grid.round_activations(x, levels)
+    """``x`` of any shape on a grid per tensor, by operations that trace where its levels are given."""
+    if levels is None:
+        return grid.round_activations(x)
+    if grid.kind == "fp8":
+        return (x / levels.scale.view(())).clamp(-E4M3_MOST, E4M3_MOST).to(E4M3).to(x.dtype) * levels.scale.view(())
     scale, zero = levels.scale.view(()), 0.0 if levels.zero_point is None else levels.zero_point.view(())
     return (torch.clamp(torch.round(x / scale + zero), *grid.range) - zero) * scale
 

@@ -13,6 +13,7 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from llmcompress.core.floats import FLOATS
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.errors import UserError
 from llmcompress.export.destination import DESCRIPTION
@@ -148,7 +149,7 @@ def _tensors(rounding: Rounding) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if rounding.weight is not None:
         codes, levels, grid = rounding.weight.codes, rounding.weight.levels, rounding.weight.grid
-        packs = grid.kind == "int" and grid.bits < 8
+        packs = grid.kind not in FLOATS and grid.bits < 8
         found["codes_packed" if packs else "codes"] = pack_to_int32(codes, grid.bits) if packs else codes.contiguous()
         found["scale"] = levels.scale.contiguous()
         if levels.zero_point is not None:
@@ -167,7 +168,7 @@ def _read_rounding(entry: dict[str, Any], name: str, tensors: dict[str, Tensor])
 
     weight = None
     if entry["weights"] is not None:
-        grid = QuantGrid(**entry["weights"])
+        grid = QuantGrid(**{**entry["weights"], "values": tuple(entry["weights"].get("values", ()))})
         codes = tensors.get(f"{name}.codes")
         if codes is None:
             packed, rows = tensors[f"{name}.codes_packed"], len(tensors[f"{name}.scale"])

@@ -141,8 +141,10 @@ def test_a_global_mask_drops_exactly_the_share_and_the_lowest_scores(resnet: nn.
 
 
 @pytest.mark.parametrize(
-    ("model", "recipe"), [("resnet", "channels-int8"), ("mobilenet", "channels-int8"), ("mobilenet", "int4-int8")]
-)
+    ("model", "recipe"),
+    [("resnet", "channels-int8"), ("mobilenet", "channels-int8"), ("mobilenet", "int4-int8"), ("resnet", "power4"),
+     ("resnet", "codebook4"), ("resnet", "fp8")],
+)  # fmt: skip
 def test_a_folder_reads_back_as_the_network_that_was_judged(model: str, recipe: str, tmp_path: Path) -> None:
     arguments = ["vision", "--model", model, "--recipe", recipe, "--samples", "64", "--output", str(tmp_path / "out")]
     assert main(arguments) == 0

@@ -19,6 +19,7 @@ COLUMNS = 256
 TILE = 128
 #: multiplications and additions may be fused; nothing else is loosened
 FAST = {"contract", "nsz"}
+_NONE = torch.empty(0)
 
 
 @njit(fastmath=FAST)
@@ -97,7 +98,7 @@ def _choose(keep, weight, carried, V, free, score, start, n, m):
 
 
 @njit(fastmath=FAST)
-def _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, start, width):
+def _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, middles, values, start, width):
     """Sweeps one tile, all (columns, TILE): ``w`` becomes the values, ``e`` the errors; ``s`` is what was carried."""
     columns = len(V)
     step = m if m else 1
@@ -116,9 +117,14 @@ def _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, start,
                 for r in range(width):
                     step_size[r] = scale[level_of[k], start + r]
                     offset[r] = zero[level_of[k], start + r]
-                for r in range(TILE):
-                    x = np.rint((w[k, r] - s[k, r] / diagonal) / step_size[r] + offset[r])
-                    s[k, r] = (min(max(x, low), high) - offset[r]) * step_size[r]
+                if len(values):
+                    for r in range(width):
+                        x = (w[k, r] - s[k, r] / diagonal) / step_size[r]
+                        s[k, r] = values[np.searchsorted(middles, x)] * step_size[r]
+                else:
+                    for r in range(TILE):
+                        x = np.rint((w[k, r] - s[k, r] / diagonal) / step_size[r] + offset[r])
+                        s[k, r] = (min(max(x, low), high) - offset[r]) * step_size[r]
             else:
                 for r in range(TILE):
                     s[k, r] = w[k, r] - s[k, r] / diagonal
@@ -129,7 +135,9 @@ def _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, start,
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def _sweep_rows(begin, end, weight, values, first, error, carried, V, keep, n, m, scale, zero, level_of, low, high):
+def _sweep_rows(
+    begin, end, weight, values, first, error, carried, V, keep, n, m, scale, zero, level_of, low, high, middles, table
+):  # fmt: skip
     columns = len(V)
     w = np.empty((columns, TILE), weight.dtype)
     s, e = np.empty_like(w), np.empty_like(w)
@@ -140,7 +148,7 @@ def _sweep_rows(begin, end, weight, values, first, error, carried, V, keep, n, m
         _load(s, carried, start, width)
         if len(keep) and not m:
             _load(kept, keep, start, width)
-        _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, start, width)
+        _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, middles, table, start, width)
         _store_rows(values, w, start, width, first)
         _store(error, e, start, width)
         if m:
@@ -161,6 +169,7 @@ def sweep_columns(
     zero: Tensor,
     level_of: Tensor,
     codes: tuple[int, int],
+    table: tuple[Tensor, Tensor] = (_NONE, _NONE),
 ) -> None:
     """Sweeps columns ``first`` to ``first + c`` given what earlier columns carried over.
 
@@ -174,10 +183,12 @@ def sweep_columns(
         n, m: N:M pattern or zeros; ``m`` divides ``c``.
         scale, zero: (levels, rows) of the quantization grid; no levels if values are not rounded.
         level_of: (c,) which level a column uses.
-        codes: lowest and highest.
+        codes: lowest and highest, of integers.
+        table: (K - 1,) middles and (K,) values of another grid.
     """
     into = (weight.numpy(), values.numpy(), first, error.numpy(), carried.numpy(), V.numpy(), keep.numpy(), n, m)
     grid = (scale.numpy(), zero.numpy(), level_of.numpy(), np.float32(codes[0]), np.float32(codes[1]))
+    grid += tuple(part.numpy() for part in table)
     share(_sweep_rows, len(weight), TILE, torch.get_num_threads(), *into, *grid)
 
 
