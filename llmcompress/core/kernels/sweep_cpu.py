@@ -188,8 +188,8 @@ def sweep_columns(
     """
     into = (weight.numpy(), values.numpy(), first, error.numpy(), carried.numpy(), V.numpy(), keep.numpy(), n, m)
     grid = (scale.numpy(), zero.numpy(), level_of.numpy(), np.float32(codes[0]), np.float32(codes[1]))
-    grid += tuple(part.numpy() for part in table)
-    share(_sweep_rows, len(weight), TILE, torch.get_num_threads(), *into, *grid)
+    levels = (table[0].numpy(), table[1].numpy())
+    share(_sweep_rows, len(weight), TILE, torch.get_num_threads(), *into, *grid, *levels)
 
 
 @njit(fastmath=FAST)
