@@ -19,23 +19,7 @@ from torch import Tensor, fx, nn
 
 from llmcompress.errors import UserError
 from llmcompress.vision.labels import FREE, FROZEN, Labels, along, varying
-
-_MOVES = {
-    "view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand",
-    "expand_as", "repeat", "cat", "concat", "concatenate", "stack", "chunk", "unbind", "movedim", "flip", "roll",
-    "unflatten", "pixel_shuffle", "view_as", "reshape_as",
-}  # fmt: skip
-_CUTS = {"slice", "select", "split", "split_with_sizes", "narrow"}
-_SAME = {
-    "dropout", "feature_dropout", "clone", "contiguous", "to", "_to_copy", "alias", "detach", "lift_fresh_copy",
-    "relu6", "type_as",
-}  # fmt: skip
-_POOLS = {
-    "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "max_pool2d",
-    "max_pool2d_with_indices", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
-    "_upsample_nearest_exact2d",
-}  # fmt: skip
-_REDUCTIONS = {"mean", "sum", "amax", "amin"}
+from llmcompress.vision.operators import CUTS, MOVES, POOLS, REDUCTIONS, SAME, is_pointwise
 
 
 @dataclass
@@ -121,20 +105,21 @@ class _Tracer:
         name = getattr(getattr(node.target, "_schema", None), "name", "").removeprefix("aten::")
         handler: dict[str, Callable[[fx.Node], Any]] = {
             "conv2d": self._conv, "convolution": self._conv, "linear": self._linear, "batch_norm": self._norm,
-            "_native_batch_norm_legit_no_training": self._norm,
+            "_native_batch_norm_legit_no_training": self._norm, "prelu": self._norm, "pad": self._pad,
+            "constant_pad_nd": self._pad,
         }  # fmt: skip
         name = name[:-1] if name.endswith("_") else name
         if name in handler:
             return handler[name](node)
-        if name in _MOVES:
+        if name in MOVES:
             return self._move(node, name)
-        if name in _CUTS:
+        if name in CUTS:
             return self._cut(node, name)
-        if name in _POOLS:
+        if name in POOLS:
             return self._pool(node)
-        if name in _REDUCTIONS:
+        if name in REDUCTIONS:
             return self._reduce(node)
-        if name in _SAME or _is_pointwise(node, name):
+        if name in SAME or is_pointwise(node, name):
             return self._combine(node)
         return self._freeze(node)
 
@@ -233,7 +218,8 @@ class _Tracer:
             return self._freeze(node)
         for argument in node.args[1:5]:
             name = self._parameter(argument)
-            if name is not None:
+            one = isinstance(argument, fx.Node) and argument.meta["val"].numel() < len(channels)  # of PReLU, for all
+            if name is not None and not one:
                 self._use(name, 0, channels, "scales")
         result = node.meta["val"]
         return [value] * len(result) if isinstance(result, list | tuple) else value
@@ -273,6 +259,15 @@ class _Tracer:
         pooled = channels.view(-1, 1, 1).expand(shape)
         return [pooled] * len(result) if isinstance(result, list | tuple) else pooled
 
+    def _pad(self, node: fx.Node) -> Any:
+        value, sides = self._value(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
+        padded = [value.dim() - 1 - n // 2 for n, size in enumerate(sides) if size != 0]
+        if set(padded) & set(varying(value)):
+            return self._freeze(node)
+        for a in padded:
+            value = value.narrow(a, 0, 1)
+        return value.expand(node.meta["val"].shape)
+
     def _reduce(self, node: fx.Node) -> Any:
         value = self._value(node.args[0])
         axes: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
@@ -303,13 +298,3 @@ class _Tracer:
                 self.labels.unite(found, wide)
                 found = torch.where(found == FREE, wide, found)
         return self._all(node, FROZEN) if found is None else found
-
-
-def _is_pointwise(node: fx.Node, name: str) -> bool:
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.pointwise in tags:
-        return True
-    functional = getattr(torch.ops.aten, name, None)
-    return functional is not None and any(
-        torch.Tag.pointwise in getattr(functional, overload).tags for overload in functional.overloads()
-    )

@@ -1,4 +1,4 @@
-"""Small networks of twelve kinds, whose channels are coupled in as many ways."""
+"""Small networks of thirteen kinds, whose channels are coupled in as many ways."""
 
 from __future__ import annotations
 
@@ -116,6 +116,20 @@ class TwoBranch(nn.Module):
         return self.head(F.hardswish(self.join(y)).mean((2, 3)))
 
 
+class Padded(nn.Module):
+    """Padding and activations by operators of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.slope, self.second = nn.Conv2d(3, 10, 3), nn.PReLU(10), nn.Conv2d(10, 8, 3, 2)
+        self.one, self.head = nn.PReLU(), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.first(F.pad(x, (1, 1, 1, 1), mode="reflect")))
+        x = self.second(F.pad(self.slope(x), (0, 1, 0, 1)))
+        return self.head(F.logsigmoid(self.one(x)).mean((2, 3)))
+
+
 class Staged(nn.Module):
     def __init__(self, *blocks: nn.Module, width: int) -> None:
         super().__init__()
@@ -151,6 +165,7 @@ KINDS = {
     "hf-mobilenet-v2": hf_mobilenet,
     "convnext": ConvNext,
     "two-branch": TwoBranch,
+    "padded": Padded,
 }
 
 

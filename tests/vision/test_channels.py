@@ -1,4 +1,4 @@
-"""Removing channels is zeroing them, on networks coupled in twelve ways; what is coupled is known by hand for some."""
+"""Removing channels is zeroing them, on thirteen kinds of networks; what is coupled is known by hand for some."""
 
 from __future__ import annotations
 
@@ -60,6 +60,11 @@ def test_a_group_of_a_convolution_goes_whole() -> None:
 def test_a_gate_goes_with_its_channel_and_a_map_over_positions_stays() -> None:
     found = names("squeeze-excite")
     assert set(found["conv"][1]) == {"conv", "up"} and "where" not in found and found["down"][0] == 4
+
+
+def test_padding_and_its_activations_freeze_nothing() -> None:
+    assert {name: count for name, (count, _) in names("padded").items()} == {"first": 10, "second": 8}
+    assert "mobilenet_v2.layer.0.expand_1x1.convolution" in names("hf-mobilenet-v2")  # pads as TensorFlow does
 
 
 def test_concatenation_keeps_channels_apart_and_halves_alike() -> None:
