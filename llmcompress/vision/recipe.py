@@ -5,6 +5,7 @@ channels: {importance: l2, ratio: 0.5, multiple: 8}   # whole channels go first;
 scores: {score: taylor, scope: global, sparsity: 0.5}  # a mask from gradients or magnitudes over the whole network
 batchnorm: fold                                        # fold, keep or reestimate
 stages: [...]                                          # as in other recipes; may be left out
+mixed: {bits: [2, 4, 8], average: 4}                   # bits by layer; see `MixedOptions`
 bias_correction: true
 ```"""
 
@@ -27,6 +28,7 @@ from llmcompress.fields import converted
 from llmcompress.recipe import Recipe, parse_value, read_tree
 from llmcompress.resources import configs_dir
 from llmcompress.vision.channels import ChannelOptions
+from llmcompress.vision.mixed import MixedOptions, check_mixed
 
 #: steps that need no more of a network than the inputs of its matrices
 METHODS = ("magnitude", "wanda", "sparsegpt", "jsq", "rtn", "gptq")
@@ -59,7 +61,7 @@ class VisionRecipe:
     Attributes:
         name: of the file, or as given.
         core: stages, perhaps none, and targets; None where there is neither.
-        channels, scores: see their classes; None to leave out.
+        channels, scores, mixed: see their classes; None to leave out.
         batchnorm: ``fold`` into the convolutions, ``keep``, or keep and ``reestimate`` on the calibration images.
         bias_correction: biases take up the mean of what pruning and rounding change.
         description: one line.
@@ -70,6 +72,7 @@ class VisionRecipe:
     core: Recipe | None
     channels: ChannelOptions | None = None
     scores: ScoreOptions | None = None
+    mixed: MixedOptions | None = None
     batchnorm: str = "fold"
     bias_correction: bool = True
     description: str = ""
@@ -116,6 +119,8 @@ class VisionRecipe:
         recipe = VisionRecipe(name, core, **made, **plain, description=str(tree.get("description", "")), tree=tree)  # type: ignore[arg-type]
         if not recipe.methods and recipe.channels is None and recipe.scores is None:
             raise UserError("does nothing", where, "add stages, channels or scores")
+        if recipe.mixed is not None:
+            check_mixed(recipe.methods)
         return recipe
 
     def to_yaml(self) -> str:
@@ -137,7 +142,7 @@ class VisionRecipe:
         return self.core is None or self.core.targets(name)
 
 
-_SECTIONS = {"channels": ChannelOptions, "scores": ScoreOptions}
+_SECTIONS = {"channels": ChannelOptions, "scores": ScoreOptions, "mixed": MixedOptions}
 
 
 def _taken(override: str, tree: dict[str, Any], known: list[str]) -> bool:

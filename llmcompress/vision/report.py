@@ -30,6 +30,7 @@ class VisionReport:
             asked for (``target``), ``predicted`` by the table of layers, and ``measured``; empty without one.
         removal_error: relative difference of the smaller network and the one with those channels zeroed.
         recovery: epochs and losses; empty if there was none.
+        mixed: bits by layer, see `llmcompress.vision.mixed.choose_bits`; empty without mixed precision.
         matrices: reports of the compressed matrices, in order of execution.
         exports: files for other programs: ``file``, ``bytes``, relative ``difference`` of its logits, the
             ``tolerance`` of that, and what it ``holds``.
@@ -56,6 +57,7 @@ class VisionReport:
     latency: dict[str, Any] = field(default_factory=dict)
     removal_error: float | None = None
     recovery: dict[str, Any] = field(default_factory=dict)
+    mixed: dict[str, Any] = field(default_factory=dict)
     matrices: list[MatrixReport] = field(default_factory=list)
     exports: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -135,9 +137,12 @@ class VisionReport:
         phases = ", ".join(f"{n} {s:.1f}" for n, s in sorted(self.seconds_by_phase.items(), key=lambda p: -p[1]))
         spaces = [["channels", "before", "after"]]
         spaces += [[s["name"], str(s["before"]), str(s["after"])] for s in self.channels]
+        widths = [["mixed precision", "weights", "bits"]]
+        widths += [[m["name"], f"{m['weights']:,}", str(m["bits"])] for m in self.mixed.get("layers", [])]
         parts = [
             aligned([[f"{self.model}, {self.recipe}", "before", "after", ""], *self.headline()]),
             aligned(spaces) if self.channels else "",
+            aligned(widths) if self.mixed else "",
             aligned(layers) if worst else "",
             "\n".join(
                 f"{e['file']}: {bytes_text(e['bytes'])}, {e['holds']}; logits differ by {e['difference']:.1e}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from llmcompress.core.group import Method
 from llmcompress.errors import UserError
 from llmcompress.measure import Phases, versions
 from llmcompress.progress import Progress
@@ -19,6 +20,7 @@ from llmcompress.vision.images import Images
 from llmcompress.vision.importance import score_masks
 from llmcompress.vision.judge import multiplications
 from llmcompress.vision.latency import LatencyTable
+from llmcompress.vision.mixed import choose_bits
 from llmcompress.vision.network import takes_images
 from llmcompress.vision.recipe import VisionRecipe
 from llmcompress.vision.removal import remove_channels
@@ -210,11 +212,30 @@ class _Steps:
         ]
         return masks
 
+    def _bits(self) -> dict[str, tuple[Method, ...]]:
+        """The steps of layers whose numbers of bits are their own."""
+        wanted = self.recipe.mixed
+        if wanted is None:
+            return {}
+        with self.phases("bits"):
+            steps, called = self.recipe.methods, input_groups(self.module, self.images.pixels[:1])
+            groups = [
+                names for group in called
+                if (names := [m.name for m in group.matrices if self.recipe.targets(m.name)])
+                and not any(step.misfit(group.width) for step in steps)
+            ]  # fmt: skip
+            found = choose_bits(self.module, groups, steps, wanted, self.images.pixels, self.options.seed)
+        self.report.mixed = found.told
+        return found.methods
+
     def _walk(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.recipe.methods and not masks:
             return {}
         batches = self.images.batches(self.options.batch)
-        walk = LayerWalk(self.module, batches, self.recipe, masks=masks, refuse=self.options.on_misfit == "refuse")
+        walk = LayerWalk(
+            self.module, batches, self.recipe, methods=self._bits(), masks=masks,
+            refuse=self.options.on_misfit == "refuse",
+        )  # fmt: skip
         with self.phases("compress"), self.progress.phase("compressing", unit="layer") as advance:
             for _ in walk.run():
                 advance(1)
