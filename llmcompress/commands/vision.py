@@ -63,7 +63,8 @@ def _parser() -> Parser:
     add("--image-size", type=int, default=0, metavar="P", help="side of a folder's images (default: the network's)")
     add_seed(parser)
     add("--recover-epochs", type=int, default=0, metavar="N",
-        help="train N epochs after channels went, to say what the dense network says (default: 0)")  # fmt: skip
+        help="train N epochs after channels went, and at the end with what is pruned or rounded held "
+        "(default: the recipe's)")  # fmt: skip
     add("--no-eval", action="store_true", help="skip the evaluation")
     return parser
 

@@ -2,7 +2,8 @@
 
 ```yaml
 channels: {importance: l2, ratio: 0.5, multiple: 8}   # whole channels go first; see `ChannelOptions`
-scores: {score: taylor, scope: global, sparsity: 0.5}  # a mask from gradients or magnitudes over the whole network
+scores: {score: taylor, scope: global, sparsity: 0.5}  # a mask over the whole network; see `ScoreOptions`
+tune: {epochs: 3, learn: distillation}                 # training; see `TuneOptions`
 batchnorm: fold                                        # fold, keep or reestimate
 stages: [...]                                          # as in other recipes; may be left out
 mixed: {bits: [2, 4, 8], average: 4}                   # bits by layer; see `MixedOptions`
@@ -15,43 +16,26 @@ import dataclasses
 import hashlib
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from llmcompress.core.group import Method
-from llmcompress.core.sparsity import Sparsity
 from llmcompress.errors import UserError, nearest
 from llmcompress.fields import converted
 from llmcompress.recipe import Recipe, parse_value, read_tree
 from llmcompress.resources import configs_dir
 from llmcompress.vision.channels import ChannelOptions
+from llmcompress.vision.masks import ScoreOptions
 from llmcompress.vision.mixed import MixedOptions, check_mixed
+from llmcompress.vision.soft import NORMS
+from llmcompress.vision.tune import TuneOptions
 
 #: steps that need no more of a network than the inputs of its matrices
 METHODS = ("magnitude", "wanda", "sparsegpt", "jsq", "rtn", "gptq")
 _CORE_KEYS = ("stages", "targets", "description")
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """A mask decided over the whole network before the walk.
-
-    Attributes:
-        sparsity: a ratio, or N:M.
-        score: ``magnitude`` |w|, ``snip`` |w·g|, ``taylor`` (w·g)², ``obd`` ½ E[g²] w², g from a labelled batch.
-        scope: weights are compared within the whole network, or within each ``layer``.
-    """
-
-    sparsity: Sparsity
-    score: Literal["magnitude", "snip", "taylor", "obd"] = "magnitude"
-    scope: Literal["global", "layer"] = "global"
-
-    def __post_init__(self) -> None:
-        if self.sparsity.m and self.scope == "global":
-            raise UserError(f"{self.sparsity} is the same everywhere", "scores.scope", "use scope: layer")
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,7 @@ class VisionRecipe:
     Attributes:
         name: of the file, or as given.
         core: stages, perhaps none, and targets; None where there is neither.
-        channels, scores, mixed: see their classes; None to leave out.
+        channels, scores, tune, mixed: see their classes; None to leave out.
         batchnorm: ``fold`` into the convolutions, ``keep``, or keep and ``reestimate`` on the calibration images.
         bias_correction: biases take up the mean of what pruning and rounding change.
         description: one line.
@@ -72,6 +56,7 @@ class VisionRecipe:
     core: Recipe | None
     channels: ChannelOptions | None = None
     scores: ScoreOptions | None = None
+    tune: TuneOptions | None = None
     mixed: MixedOptions | None = None
     batchnorm: str = "fold"
     bias_correction: bool = True
@@ -121,11 +106,29 @@ class VisionRecipe:
             raise UserError("does nothing", where, "add stages, channels or scores")
         if recipe.mixed is not None:
             check_mixed(recipe.methods)
+        recipe.check_training()
         return recipe
+
+    def check_training(self) -> None:
+        """Refuses sections that do not fit each other.
+
+        Raises:
+            UserError: a schedule has no training, or filters grow back that nothing removes.
+        """
+        if self.scores is not None and self.scores.schedule != "once" and self.tune is None:
+            raise UserError("grows in a training, and there is none", "scores.schedule", "add tune: {epochs: 8}")
+        soft, channels = self.tune is not None and self.tune.soft, self.channels
+        if soft and (channels is None or channels.importance not in NORMS or channels.budget != "channels"):
+            fix = "add channels: {importance: l2}, without another budget"
+            raise UserError("zeroes channels of every space by their norm", "tune.soft", fix)
 
     def to_yaml(self) -> str:
         """The recipe as a file that `load` reads back."""
         return yaml.safe_dump(self.tree, sort_keys=False, allow_unicode=True)
+
+    def training(self, epochs: int) -> TuneOptions | None:
+        """How to train, ``epochs`` instead of the recipe's if that is not 0; None for not at all."""
+        return replace(self.tune or TuneOptions(), epochs=epochs) if epochs else self.tune
 
     @property
     def hash(self) -> str:
@@ -142,7 +145,7 @@ class VisionRecipe:
         return self.core is None or self.core.targets(name)
 
 
-_SECTIONS = {"channels": ChannelOptions, "scores": ScoreOptions, "mixed": MixedOptions}
+_SECTIONS = {"channels": ChannelOptions, "scores": ScoreOptions, "tune": TuneOptions, "mixed": MixedOptions}
 
 
 def _taken(override: str, tree: dict[str, Any], known: list[str]) -> bool:

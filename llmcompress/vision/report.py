@@ -29,8 +29,8 @@ class VisionReport:
         latency: of channel removal under a budget of it: seconds of the dense network, and the shares of them that were
             asked for (``target``), ``predicted`` by the table of layers, and ``measured``; empty without one.
         removal_error: relative difference of the smaller network and the one with those channels zeroed.
-        recovery: epochs and losses; empty if there was none.
         mixed: bits by layer, see `llmcompress.vision.mixed.choose_bits`; empty without mixed precision.
+        trainings: one after the other: ``what`` was done meanwhile, how, and the mean loss of each epoch.
         matrices: reports of the compressed matrices, in order of execution.
         exports: files for other programs: ``file``, ``bytes``, relative ``difference`` of its logits, the
             ``tolerance`` of that, and what it ``holds``.
@@ -56,8 +56,8 @@ class VisionReport:
     channels: list[dict[str, Any]] = field(default_factory=list)
     latency: dict[str, Any] = field(default_factory=dict)
     removal_error: float | None = None
-    recovery: dict[str, Any] = field(default_factory=dict)
     mixed: dict[str, Any] = field(default_factory=dict)
+    trainings: list[dict[str, Any]] = field(default_factory=list)
     matrices: list[MatrixReport] = field(default_factory=list)
     exports: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -144,6 +144,11 @@ class VisionReport:
             aligned(spaces) if self.channels else "",
             aligned(widths) if self.mixed else "",
             aligned(layers) if worst else "",
+            "\n".join(
+                f"{t['epochs']} epochs of training {t['what']} ({t['learn']}): "
+                f"loss {t['loss'][0]:.2e} → {t['loss'][-1]:.2e}"
+                for t in self.trainings
+            ),
             "\n".join(
                 f"{e['file']}: {bytes_text(e['bytes'])}, {e['holds']}; logits differ by {e['difference']:.1e}"
                 for e in self.exports

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,17 +15,21 @@ from llmcompress.errors import UserError
 from llmcompress.measure import Phases, versions
 from llmcompress.progress import Progress
 from llmcompress.vision.budget import LatencyBudget
+from llmcompress.vision.channels import ChannelOptions
 from llmcompress.vision.fold import Folded, fold_norms
+from llmcompress.vision.held import held
 from llmcompress.vision.images import Images
 from llmcompress.vision.importance import score_masks
 from llmcompress.vision.judge import multiplications
 from llmcompress.vision.latency import LatencyTable
+from llmcompress.vision.masks import GrowingMasks
 from llmcompress.vision.mixed import choose_bits
 from llmcompress.vision.network import takes_images
 from llmcompress.vision.recipe import VisionRecipe
 from llmcompress.vision.removal import remove_channels
 from llmcompress.vision.report import VisionReport
-from llmcompress.vision.tune import recover, reestimate
+from llmcompress.vision.soft import SoftFilters
+from llmcompress.vision.tune import reestimate, train
 from llmcompress.vision.walk import LayerWalk, input_groups
 
 #: images on which folds and removals are verified
@@ -43,7 +47,7 @@ class VisionOptions:
         image_size: of a side, to which images of a folder are brought; 0 takes the network's own.
         seed: of everything random.
         evaluate: judge on held-out images.
-        recover_epochs: of training after channels went, to say what the dense network says; 0 for none.
+        recover_epochs: of every training, see `TuneOptions`; 0 takes the recipe's.
         on_misfit: what becomes of layers that a pattern or group does not divide: ``skip`` or ``refuse``.
         export: files for other programs, keys of `llmcompress.vision.exported.FILES`.
         latency_table: a file of latencies measured on this machine, read if it is there and added to; None for none.
@@ -150,6 +154,8 @@ class _Steps:
         self.phases, self.progress = phases, progress
         self.probe = images.pixels[:PROBE]
         self.train: Images | None = None
+        self.tune = recipe.training(options.recover_epochs)
+        self.dense = copy.deepcopy(self.module) if self.tune else self.module
         self.report = VisionReport("", recipe.name, options.seed, versions())
 
     def run(self) -> Compressed:
@@ -157,8 +163,10 @@ class _Steps:
         macs = multiplications(self.module, self.probe)
         parameters = sum(p.numel() for p in self.module.parameters())
         self._remove_channels()
+        grown = self._grow_masks()
         folded = self._fold()
-        result = self._walk(self._masks())
+        result = self._walk(grown or self._masks())
+        self._train_held(result)
         if self.recipe.batchnorm == "reestimate":
             with self.phases("reestimate"):
                 reestimate(self.module, self.images)
@@ -177,9 +185,8 @@ class _Steps:
     def _remove_channels(self) -> None:
         o, wanted = self.options, self.recipe.channels
         if wanted is None:
-            if o.recover_epochs:
-                raise UserError("no channels go, so there is nothing to recover", "--recover-epochs", "leave it out")
             return
+        self._soften(wanted)
         dense = self.module
         self.module = copy.deepcopy(dense)
         with self.phases("channels"):
@@ -191,21 +198,68 @@ class _Steps:
         self.report.channels, self.report.removal_error = gone.channels, gone.error
         self.report.latency = gone.latency
         self.report.warnings += gone.warnings
-        if o.recover_epochs:
-            with self.phases("recover"):
-                images = self.images if self.train is None else self.train
-                self.report.recovery = recover(self.module, dense, images, o.recover_epochs, o.seed)
+        if self.tune is not None:
+            self._train("after channels went")
         else:
             with self.phases("reestimate"):
                 reestimate(self.module, self.images)
+
+    def _train(
+        self, what: str, renew: bool = True, at: Callable[[float], None] | None = None,
+        each_epoch: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """One training, and its line of the report; the arguments are those of `train`."""
+        assert self.tune is not None
+        images = self.images if self.train is None else self.train
+        with self.phases("train"), self.progress.phase("training", self.tune.epochs, "epoch") as advance:
+
+            def epoch() -> None:
+                each_epoch()
+                advance(1)
+
+            found = train(
+                self.module, self.dense, images, self.tune, self.options.seed, renew=renew, at=at, each_epoch=epoch
+            )
+        self.report.trainings.append({"what": what} | found)
+
+    def _soften(self, wanted: ChannelOptions) -> None:
+        if self.tune is not None and self.tune.soft:
+            filters = SoftFilters(self.module, wanted, self.recipe.targets, self.images.pixels[:2])
+            self._train("while filters were zeroed", each_epoch=filters)
+
+    def _grow_masks(self) -> dict[str, Tensor]:
+        """Masks that a schedule leads to; none without one."""
+        wanted = self.recipe.scores
+        if wanted is None or wanted.schedule == "once":
+            return {}
+        masks = GrowingMasks(self.module, self._names(), wanted, self.images)
+        self._train("while masks grew", at=masks)
+        self.report.trainings[-1]["sparsity"] = masks.ratios
+        return masks.masks
+
+    def _train_held(self, masks: dict[str, Tensor]) -> None:
+        """Trains what the walk left, with its masks and grids; figures of the layers are then of what came out."""
+        if self.tune is None or not self.report.matrices:
+            return
+        with held(self.module, masks):
+            self._train("with masks and grids held", renew=False)
+        for matrix in self.report.matrices:
+            name, _, part = matrix.name.partition("[")
+            weight = self.module.get_parameter(f"{name}.weight")
+            rows = weight if not part else weight[int(part.rstrip("]")) * matrix.shape[0] :][: matrix.shape[0]]
+            matrix.sparsity = float((rows == 0).float().mean())
+
+    def _names(self) -> list[str]:
+        """Of the layers that are called and targeted, in the network's order."""
+        called = {m.name for g in input_groups(self.module, self.images.pixels[:1]) for m in g.matrices}
+        return [n for n, _ in self.module.named_modules() if n in called and self.recipe.targets(n)]
 
     def _masks(self) -> dict[str, Tensor]:
         wanted = self.recipe.scores
         if wanted is None:
             return {}
         with self.phases("scores"):
-            called = {m.name for g in input_groups(self.module, self.images.pixels[:1]) for m in g.matrices}
-            names = [n for n, _ in self.module.named_modules() if n in called and self.recipe.targets(n)]
+            names = self._names()
             masks = score_masks(self.module, names, wanted.sparsity, wanted.score, wanted.scope, self.images)
         self.report.warnings += [
             f"{n}: left dense, {wanted.sparsity} does not divide it" for n in names if n not in masks
