@@ -7,6 +7,7 @@ tune: {epochs: 3, learn: distillation}                 # training; see `TuneOpti
 batchnorm: fold                                        # fold, keep or reestimate
 stages: [...]                                          # as in other recipes; may be left out
 mixed: {bits: [2, 4, 8], average: 4}                   # bits by layer; see `MixedOptions`
+equalise: false                                        # ranges of consecutive layers, see `equalise.py`
 bias_correction: true
 ```"""
 
@@ -47,6 +48,7 @@ class VisionRecipe:
         core: stages, perhaps none, and targets; None where there is neither.
         channels, scores, tune, mixed: see their classes; None to leave out.
         batchnorm: ``fold`` into the convolutions, ``keep``, or keep and ``reestimate`` on the calibration images.
+        equalise: the ranges of consecutive layers' weights, once norms are folded.
         bias_correction: biases take up the mean of what pruning and rounding change.
         description: one line.
         tree: the mapping it was read from, with overrides.
@@ -59,6 +61,7 @@ class VisionRecipe:
     tune: TuneOptions | None = None
     mixed: MixedOptions | None = None
     batchnorm: str = "fold"
+    equalise: bool = False
     bias_correction: bool = True
     description: str = ""
     tree: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -98,8 +101,8 @@ class VisionRecipe:
         if core is not None:
             tree |= {key: core.to_tree()[key] for key in ("stages", "targets") if core.stages or key == "targets"}
         made = {key: _section(kind, tree.get(key), key, where) for key, kind in _SECTIONS.items()}
-        plain = {key: tree[key] for key in ("batchnorm", "bias_correction") if key in tree}
-        hints = {"batchnorm": Literal["fold", "keep", "reestimate"], "bias_correction": bool}
+        plain = {key: tree[key] for key in ("batchnorm", "equalise", "bias_correction") if key in tree}
+        hints = {"batchnorm": Literal["fold", "keep", "reestimate"], "equalise": bool, "bias_correction": bool}
         plain = {key: converted(value, hints[key], key, where) for key, value in plain.items()}
         recipe = VisionRecipe(name, core, **made, **plain, description=str(tree.get("description", "")), tree=tree)  # type: ignore[arg-type]
         if not recipe.methods and recipe.channels is None and recipe.scores is None:

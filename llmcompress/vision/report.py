@@ -25,6 +25,7 @@ class VisionReport:
         macs: multiplications for one image, ``before`` and ``after``.
         seconds, seconds_by_phase, peak_memory_bytes: what the run cost.
         fold: pairs folded, norms that stay and why, relative change of the logits.
+        equalised: pairs of layers whose ranges were, those refused, relative change of the logits.
         channels: space → names of its layers, channels ``before`` and ``after``; empty without channel pruning.
         latency: of channel removal under a budget of it: seconds of the dense network, and the shares of them that were
             asked for (``target``), ``predicted`` by the table of layers, and ``measured``; empty without one.
@@ -53,6 +54,7 @@ class VisionReport:
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     fold: dict[str, Any] = field(default_factory=dict)
+    equalised: dict[str, Any] = field(default_factory=dict)
     channels: list[dict[str, Any]] = field(default_factory=list)
     latency: dict[str, Any] = field(default_factory=dict)
     removal_error: float | None = None

@@ -16,6 +16,7 @@ from llmcompress.measure import Phases, versions
 from llmcompress.progress import Progress
 from llmcompress.vision.budget import LatencyBudget
 from llmcompress.vision.channels import ChannelOptions
+from llmcompress.vision.equalise import equalise
 from llmcompress.vision.fold import Folded, fold_norms
 from llmcompress.vision.held import held
 from llmcompress.vision.images import Images
@@ -165,6 +166,7 @@ class _Steps:
         self._remove_channels()
         grown = self._grow_masks()
         folded = self._fold()
+        self._equalise()
         result = self._walk(grown or self._masks())
         self._train_held(result)
         if self.recipe.batchnorm == "reestimate":
@@ -181,6 +183,16 @@ class _Steps:
             folded = fold_norms(self.module, self.probe)
         self.report.fold = {"pairs": len(folded.pairs), "refused": folded.refused, "error": folded.error}
         return folded
+
+    def _equalise(self) -> None:
+        if not self.recipe.equalise:
+            return
+        with self.phases("equalise"):
+            found = equalise(self.module, self.probe, self.options.seed)
+        self.report.equalised = {"pairs": found.pairs, "refused": found.refused, "error": found.error}
+        if found.refused:
+            told = f"{len(found.refused)} pairs of layers keep their ranges, as no factor passes between them"
+            self.report.warnings.append(f"{told} ({found.refused[0]}, …)")
 
     def _remove_channels(self) -> None:
         o, wanted = self.options, self.recipe.channels
