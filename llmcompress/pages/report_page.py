@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmcompress.pages.advice import advice, outstanding
+from llmcompress.pages.listing import listed, phase_rows
 from llmcompress.pages.maps import bits_map, error_map, per_cent, short_block, zeros_map
 from llmcompress.pages.plots import (
     choice_pictures,
@@ -17,11 +18,9 @@ from llmcompress.pages.plots import (
 )
 from llmcompress.pages.results import SPEEDS, Result
 from llmcompress.pages.template import filled
-from llmcompress.report import MatrixReport, Report
+from llmcompress.report import Report
 from llmcompress.table import bytes_text, change, grouped_warnings
 
-#: matrices listed one by one; of more, those of the largest errors
-LISTED = 700
 #: inputs of which the outliers are listed
 INPUTS_LISTED = 12
 
@@ -43,7 +42,7 @@ class ReportPage:
     def html(self) -> str:
         """The whole file. The same result gives the same text."""
         result, report = self.result, self.result.report
-        matrices = _listed(report)
+        matrices = listed(report.matrices)
         return filled(
             "report.html",
             title=f"{report.model}, {report.recipe}",
@@ -60,7 +59,7 @@ class ReportPage:
             inputs=_inputs(report),
             choices=self._choices,
             cost=self._cost,
-            phases=_phases(report),
+            phases=phase_rows(report.seconds_by_phase, report.seconds),
             matrices=matrices,
             unlisted=len(report.matrices) - len(matrices),
             command=result.command,
@@ -128,24 +127,6 @@ def _inputs(report: Report) -> list[tuple[str, float, float | None, str]]:
             if ratios.get("before") is not None:
                 found.append((group.name, ratios["before"], ratios.get("after"), group.fold_refusal))
     return sorted(found, key=lambda row: -row[1])[:INPUTS_LISTED]
-
-
-def _phases(report: Report) -> list[tuple[str, float, float]]:
-    """(name, seconds, share of the whole run in per cent), the longest first; what no phase counts is the last."""
-    listed = sorted(report.seconds_by_phase.items(), key=lambda item: -item[1])
-    other = report.seconds - sum(seconds for _, seconds in listed)
-    if other > 0.005 * report.seconds:
-        listed.append(("other", other))
-    return [(name, seconds, 100 * seconds / max(report.seconds, 1e-9)) for name, seconds in listed]
-
-
-def _listed(report: Report) -> list[MatrixReport]:
-    """In order, as many as a page can bear."""
-    matrices = report.matrices
-    if len(matrices) <= LISTED:
-        return matrices
-    ranks = sorted(range(len(matrices)), key=lambda i: -(matrices[i].relative_error or 0.0))[:LISTED]
-    return [matrices[i] for i in sorted(ranks)]
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:

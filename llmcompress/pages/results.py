@@ -69,18 +69,23 @@ def read_result(folder: str | Path) -> Result:
         report = Report.from_json(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(_one_line(error), str(file), "compress again, or restore the file") from None
-    record = _object(folder / RECORD)
+    recipe, command = read_making(folder)
     speeds, machine = _read_bench(folder / BENCH)
-    recipe = folder / "recipe.yaml"
     return Result(
         folder.resolve().name,
         report,
-        recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
-        str(record.get("command", "")),
+        recipe,
+        command,
         speeds,
         machine,
         _read_evaluation(folder / EVALUATION),
     )
+
+
+def read_making(folder: Path) -> tuple[str, str]:
+    """The recipe of an output, as YAML, and the command that made it; empty where they are not there."""
+    recipe, record = folder / "recipe.yaml", _object(folder / RECORD)
+    return recipe.read_text(encoding="utf-8") if recipe.is_file() else "", str(record.get("command", ""))
 
 
 def read_results(folders: list[str]) -> list[Result]:

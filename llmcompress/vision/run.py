@@ -153,9 +153,12 @@ class VisionRun:
                 hashes[made["file"]] = sha256(writer.partial / made["file"])
             with phases("write"):
                 writer.seal(files | {RECORD: self._record(report, command, hashes)})
+            with phases("page"):
+                from llmcompress.pages.vision_page import vision_page  # plots are not loaded before
             report.seconds_by_phase, report.seconds = phases.seconds, phases.total
             report.peak_memory_bytes, report.output = peak_memory_bytes(), str(self.output)
-            writer.publish({"report.json": report.to_json() + "\n"})
+            page = vision_page(report, files["recipe.yaml"], command)
+            writer.publish({"report.json": report.to_json() + "\n", "report.html": page})
 
     def _judge(self, module: nn.Module, report: VisionReport) -> None:
         test = self.data.test

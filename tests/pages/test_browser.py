@@ -15,6 +15,8 @@ from llmcompress.pages.compare_page import compare_page
 from llmcompress.pages.frontier import ranked
 from llmcompress.pages.report_page import report_page
 from llmcompress.pages.results import Result, Speed
+from llmcompress.pages.vision_page import vision_page
+from tests.pages import vision_reports
 from tests.pages.reports import HOSTILE, example, result
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -46,6 +48,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "large": report_page(result(wide)),
         "hostile": report_page(result(example(blocks=1, name=HOSTILE))),
         "compare": compare_page(groups),
+        "vision": vision_page(vision_reports.example(layers=70), "a: 1\n", "python -m llmcompress vision " + "x" * 300),
     }
     files = {name: folder / f"{name}.html" for name in texts}
     for name, text in texts.items():
@@ -55,7 +58,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
-@pytest.mark.parametrize("name", ["report", "large", "hostile", "compare"])
+@pytest.mark.parametrize("name", ["report", "large", "hostile", "compare", "vision"])
 def test_a_page_stands_alone_and_fits(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
@@ -77,10 +80,13 @@ def test_a_page_stands_alone_and_fits(browser: Any, pages: dict[str, Path], name
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_light_and_in_the_dark(browser: Any, pages: dict[str, Path], scheme: str) -> None:
+@pytest.mark.parametrize("name", ["report", "vision"])
+def test_text_can_be_read_in_light_and_in_the_dark(
+    browser: Any, pages: dict[str, Path], name: str, scheme: str
+) -> None:
     context = browser.new_context(color_scheme=scheme)
     page = context.new_page()
-    page.goto(pages["report"].as_uri())
+    page.goto(pages[name].as_uri())
     low = page.evaluate(_CONTRAST)
     assert low == []
     context.close()
