@@ -76,6 +76,8 @@ def test_a_page_stands_alone_and_fits(browser: Any, pages: dict[str, Path], name
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     small = "[...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().width < 250).length"
     assert page.evaluate(small) == 0
+    narrow = "[...document.querySelectorAll('table.figures tbody th')].filter(t => t.clientWidth < 90).length"
+    assert page.evaluate(narrow) == 0
     context.close()
 
 
