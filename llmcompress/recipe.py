@@ -170,7 +170,7 @@ class Recipe:
     def sparsity(self) -> Sparsity | None:
         """Of the last stage that zeroes weights; None if none does."""
         found = [getattr(m, "sparsity", None) for m in self.blockwise.methods if m.stage == "prune"]
-        return found[-1] if found else None
+        return next((sparsity for sparsity in reversed(found) if sparsity is not None), None)
 
     @property
     def grid(self) -> QuantGrid | None:

@@ -11,6 +11,7 @@ from llmcompress.methods.llm_pruner import LLMPruner
 from llmcompress.methods.magnitude import Magnitude
 from llmcompress.methods.obr import OBR
 from llmcompress.methods.omniquant import OmniQuant
+from llmcompress.methods.refit import Refit
 from llmcompress.methods.rtn import RTN
 from llmcompress.methods.smoothquant import SmoothQuant
 from llmcompress.methods.sparsegpt import SparseGPT
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "wanda": Wanda,
     "jsq": JSQ,
     "sparsegpt": SparseGPT,
+    "refit": Refit,
     "llm_pruner": LLMPruner,
     "smoothquant": SmoothQuant,
     "awq": AWQ,

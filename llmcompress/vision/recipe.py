@@ -35,7 +35,7 @@ from llmcompress.vision.soft import NORMS
 from llmcompress.vision.tune import TuneOptions
 
 #: steps that need no more of a network than the inputs of its matrices
-METHODS = ("magnitude", "wanda", "sparsegpt", "jsq", "rtn", "gptq")
+METHODS = ("magnitude", "wanda", "sparsegpt", "jsq", "refit", "rtn", "gptq")
 _CORE_KEYS = ("stages", "targets", "description")
 
 

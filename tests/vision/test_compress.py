@@ -21,6 +21,7 @@ from llmcompress.vision.images import digits
 from llmcompress.vision.importance import score_masks
 from llmcompress.vision.int8 import Int8Conv2d, to_int8
 from llmcompress.vision.network import open_network
+from llmcompress.vision.tune import reestimate
 from llmcompress.vision.walk import input_groups
 
 DATA = digits()
@@ -99,6 +100,29 @@ def test_half_of_the_weights_go_within_a_point_without_training(resnet: nn.Modul
     assert found.report.sparsity == pytest.approx(0.5, abs=1e-4)
     assert right(found.module) >= right(resnet) - 0.01
     assert all(float(m.float().mean()) == pytest.approx(0.5, abs=0.01) for m in found.masks.values())
+
+
+def test_fitting_the_survivors_makes_up_for_a_mask_of_magnitudes(resnet: nn.Module) -> None:
+    assert right(compress_vision(resnet, CALIBRATION.batches(), "magnitude-50-refit").module) >= right(resnet) - 0.01
+    plain = compress_vision(resnet, CALIBRATION.batches(), "wanda-50")
+    fitted = VisionRecipe.from_tree({"stages": [{"prune": {"sparsity": 0.5}}, {"prune": {"method": "refit"}}]}, "t")
+    assert right(compress_vision(resnet, CALIBRATION.batches(), fitted).module) > right(plain.module) + 0.1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_norms_are_reestimated_to_the_mean_statistics_of_what_reaches_them(momentum: float | None) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.Flatten(), nn.Linear(144, 3)
+    ).eval()
+    reestimate(net, CALIBRATION)
+    with torch.no_grad():
+        seen = [net[0](x).double() for x in CALIBRATION.batches(64)]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    variance = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+    torch.testing.assert_close(net[1].running_mean.double(), mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(net[1].running_var.double(), variance, rtol=1e-4, atol=1e-6)
+    assert net[1].momentum == momentum and not net[1].training
 
 
 def test_calibration_corrects_the_mean_output_of_each_layer() -> None:
