@@ -43,15 +43,15 @@ def write_digits() -> None:
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "digits.safetensors")
 
 
-def trained(name: str, seed: int = 0) -> tuple[nn.Module, float]:
+def trained(name: str, arguments: dict[str, object], epochs: int = EPOCHS, seed: int = 0) -> tuple[nn.Module, float]:
     """A network and its accuracy on the held-out digits."""
     torch.manual_seed(seed)
-    network, data = build(name, ARGUMENTS[name]), digits()
+    network, data = build(name, arguments), digits()
     x, y = data.train.pixels, data.train.labels
-    steps = EPOCHS * -(-len(x) // BATCH)
+    steps = epochs * -(-len(x) // BATCH)
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(BATCH):
             loss = F.cross_entropy(network(shifted(x[rows])), y[rows], label_smoothing=0.05)
             optimizer.zero_grad()
@@ -82,7 +82,7 @@ def main() -> int:
     same = True
     for name in ARGUMENTS:
         began = time.perf_counter()
-        network, accuracy = trained(name)
+        network, accuracy = trained(name, ARGUMENTS[name])
         took = time.perf_counter() - began
         folder = PACKAGE / "data" / f"digits-{name}"
         state = {key: value.contiguous() for key, value in network.state_dict().items() if value.is_floating_point()}

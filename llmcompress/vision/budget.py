@@ -69,6 +69,7 @@ class LatencyBudget:
         self.wanted, self.table, self.folds = wanted, table, folds
         self.x = pixels[torch.arange(wanted.images) % len(pixels)]
         self.dense = self._deployed(dense)
+        self._first: dict[str, Space] = {}
         self.report: dict[str, Any] = {}
         self.warnings: list[str] = []
 
@@ -132,9 +133,10 @@ class LatencyBudget:
         return module
 
     def _sizes(self, space: Space) -> list[int]:
-        """Ascending numbers of units that a space may keep."""
-        steps = {space.kept(step / SIZES, self.wanted.multiple) for step in range(1, SIZES)}
-        return sorted(steps | {len(space.units)})
+        """Ascending numbers of units that a space may keep, of those it may keep in the first round."""
+        first = self._first.setdefault(space.name, space)
+        steps = {first.kept(step / SIZES, self.wanted.multiple) for step in range(1, SIZES)}
+        return sorted({size for size in steps if size < len(space.units)} | {len(space.units)})
 
     def _cost(
         self, module: nn.Module, graph: ChannelGraph, spaces: Sequence[Space], sizes: list[list[int]],

@@ -85,7 +85,7 @@ def unit_scores(
     else:
         totals = _sums(module, graph, importance, {})
     if importance.endswith("bn") and not totals:
-        raise UserError("no BatchNorm scales the channels", "channels.importance", "use l2 or taylor")
+        raise UserError("no BatchNorm scales the channels", "channels.importance", "use taylor or l2")
     return [torch.tensor([totals.get(unit, 0.0) for unit in space.units.tolist()]) for space in found]
 
 

@@ -1,7 +1,8 @@
 """Latency measured on the machine the program runs on: of layers by their shapes, and of networks, in turns.
 
-The least of many turns counts: whatever else the machine does only adds to it, and unevenly. Every figure is kept, so
-that another run with the same table decides the same."""
+The least of many turns counts: whatever else the machine does only adds to it, and unevenly. On one thread it is the
+thread's processor time, to which others add nothing but misses of the cache. Every figure is kept, so that another run
+with the same table decides the same."""
 
 from __future__ import annotations
 
@@ -132,11 +133,12 @@ class LatencyTable:
 def in_turns(calls: Sequence[Callable[[], Any]], turns: int) -> list[list[float]]:
     """Seconds of each call in every turn, after one that does not count: what else the machine does falls on all."""
     found: list[list[float]] = [[] for _ in calls]
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(turns + 1):
         for call, seconds in zip(calls, found, strict=True):
-            began = time.perf_counter()
+            began = clock()
             call()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(clock() - began)
     return [seconds[1:] for seconds in found]
 
 

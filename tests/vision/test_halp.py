@@ -19,7 +19,7 @@ from llmcompress.vision.channels import ChannelOptions
 from llmcompress.vision.halp import Cost, knapsack
 from llmcompress.vision.images import Images
 from llmcompress.vision.latency import LatencyTable, Shape, layer_calls
-from llmcompress.vision.removal import remove_channels
+from llmcompress.vision.removal import Removed, remove_channels
 
 _spec = importlib.util.spec_from_file_location("vision_nets", Path(__file__).parent / "nets.py")
 assert _spec is not None and _spec.loader is not None
@@ -73,8 +73,8 @@ class Stairs(Formula):
     block = 4
 
 
-def removed(kind: str, table: LatencyTable, ratio: float = 0.4, rounds: int = 1) -> dict[str, object]:
-    module, wanted = nets.network(kind), ChannelOptions(ratio, "latency", "taylor", 1, rounds, images=4)
+def removed(kind: str, table: LatencyTable, ratio: float = 0.4, multiple: int = 1, rounds: int = 1) -> Removed:
+    module, wanted = nets.network(kind), ChannelOptions(ratio, "latency", "taylor", multiple, rounds, images=4)
     pixels = nets.images(kind, 6)
     images = Images(pixels, torch.arange(6) % 5)
     budget = LatencyBudget(module, wanted, pixels, table, folds=True)
@@ -83,21 +83,27 @@ def removed(kind: str, table: LatencyTable, ratio: float = 0.4, rounds: int = 1)
     assert found.error < 1e-4 and sum(p.numel() for p in module.parameters()) < before
     for space in found.channels:
         assert len(module.get_parameter(f"{space['name']}.weight")) == space["after"]
-    return found.latency
+    return found
 
 
 @pytest.mark.parametrize("kind", ["plain", "bottleneck", "inverted", "grouped", "u-net", "two-branch", "dense"])
 def test_what_is_predicted_is_what_the_smaller_network_takes(kind: str) -> None:
-    found = removed(kind, Formula())
+    found = removed(kind, Formula()).latency
     assert found["predicted"] == pytest.approx(found["measured"], rel=1e-6)
     assert 0.5 < found["measured"] < 0.6 * 1.04
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_stairs_are_predicted_where_a_layer_reads_one_space(rounds: int) -> None:
-    found = removed("bottleneck", Stairs(), rounds=rounds)
+    found = removed("bottleneck", Stairs(), rounds=rounds).latency
     assert found["predicted"] == pytest.approx(found["measured"], rel=1e-6)
     assert found["measured"] == pytest.approx(0.6, rel=0.1)
+
+
+def test_rounds_never_keep_less_than_the_multiple() -> None:
+    found = removed("bottleneck", Formula(), 0.6, multiple=4, rounds=3).channels
+    assert all(space["after"] % 4 == 0 or space["after"] == space["before"] for space in found)
+    assert any(space["after"] == 4 for space in found)
 
 
 def test_a_budget_below_the_thinnest_network_is_refused() -> None:
