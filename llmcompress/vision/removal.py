@@ -19,6 +19,9 @@ from llmcompress.vision.recipe import VisionRecipe
 from llmcompress.vision.reconstruct import readers
 from llmcompress.vision.walk import LayerWalk
 
+#: of the least squares of a repair, as a share of the mean of the Gram matrix's diagonal
+DAMPING = 1e-4
+
 
 @dataclass
 class Removed:
@@ -85,7 +88,7 @@ def repair(module: nn.Module, graph: ChannelGraph, gone: Tensor, images: Images)
     """Solves the layers that read units for what they gave out before, in place and in the order of execution.
 
     Each meets what comes from repaired layers before it, without these units, and aims at the outputs it had: a mask of
-    whole columns in the walk that prunes single weights.
+    whole columns, and the step that fits what masks keep.
 
     Args:
         gone: (n,) labels; what reads them becomes zero.
@@ -96,11 +99,7 @@ def repair(module: nn.Module, graph: ChannelGraph, gone: Tensor, images: Images)
         if not bool(keep.all()):
             weight = module.get_parameter(f"{name}.weight")
             masks[name] = keep.view(1, -1, *[1] * (weight.dim() - 2)).expand_as(weight).contiguous()
-    step = {"prune": {"method": "sparsegpt", "sparsity": 0.0, "refit": True, "target": "dense", "damping": DAMPING}}
+    step = {"prune": {"method": "refit", "target": "dense", "damping": DAMPING}}
     tree = {"stages": [step], "targets": {"include": sorted(masks)}, "batchnorm": "keep", "bias_correction": False}
     for _ in LayerWalk(module, images.batches(), VisionRecipe.from_tree(tree, "repair"), masks=masks).run():
         pass
-
-
-#: of the least squares, as a share of the mean of the Gram matrix's diagonal
-DAMPING = 1e-4
