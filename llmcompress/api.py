@@ -16,8 +16,9 @@ from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
 from llmcompress.recover import recovery_bytes
 from llmcompress.report import Report
-from llmcompress.run import Run, Source
+from llmcompress.run import Run
 from llmcompress.runtime.loading import load
+from llmcompress.source import Source
 
 __all__ = ["EvalOptions", "Options", "compress", "evaluate", "load", "plan"]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmcompress.core.grid import Levels, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup
+from llmcompress.distributed import ALONE, Team
 from llmcompress.export.quantized import Scheme, experts_note, loadable, pack, stored_bits_per_weight, unsupported
 from llmcompress.model.checkpoint import require_no_overflow
 from llmcompress.model.fold import NormFold
@@ -200,7 +201,9 @@ class Outcome:
 
 
 @torch.no_grad()
-def relative_errors(work: MatrixGroup, views: list[MatrixView], rows: Tensor, dense_rows: Tensor) -> list[float]:
+def relative_errors(
+    work: MatrixGroup, views: list[MatrixView], rows: Tensor, dense_rows: Tensor, team: Team = ALONE
+) -> list[float]:
     """‖W X − Q X̂‖² / ‖W X‖² per matrix.
 
     Args:
@@ -208,15 +211,19 @@ def relative_errors(work: MatrixGroup, views: list[MatrixView], rows: Tensor, de
         views: of its matrices, whose modules still hold the dense W (out, in).
         rows: X̂ (tokens, in) that reach the compressed matrices; their dtype is that of the arithmetic.
         dense_rows: X; the same as ``rows`` unless the dense model's outputs are aimed at.
+        team: each process takes its share of the outputs.
     """
-    return [
-        _relative_error(matrix.weight, work.smoothing, view.weight, rows, dense_rows)
+    sums = [
+        _squares(team.share(matrix.weight), work.smoothing, team.share(view.weight), rows, dense_rows)
         for matrix, view in zip(work.matrices, views, strict=True)
     ]
+    return [lost / max(meant, 1e-30) for lost, meant in team.added(torch.tensor(sums, dtype=torch.float64)).tolist()]
 
 
-def _relative_error(weight: Tensor, smoothing: Tensor | None, dense: Tensor, rows: Tensor, dense_rows: Tensor) -> float:
-    """Of one matrix, some outputs at a time, so that what lies between stays small."""
+def _squares(
+    weight: Tensor, smoothing: Tensor | None, dense: Tensor, rows: Tensor, dense_rows: Tensor
+) -> tuple[float, float]:
+    """‖W X − Q X̂‖² and ‖W X‖² of one matrix, some outputs at a time, so that what lies between stays small."""
     lost = meant = 0.0
     step = max(ERROR_ENTRIES // weight.shape[1], 1)
     for stored, W in zip(weight.split(step), dense.split(step), strict=True):
@@ -228,4 +235,4 @@ def _relative_error(weight: Tensor, smoothing: Tensor | None, dense: Tensor, row
             wrong = expected - rows @ stored.to(rows.dtype).T
         lost += float(wrong.float().square().sum())
         meant += float(expected.float().square().sum())
-    return lost / max(meant, 1e-30)
+    return lost, meant

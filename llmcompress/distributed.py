@@ -24,7 +24,7 @@ from torch import Tensor
 from llmcompress.core.grid import Levels, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
 from llmcompress.core.stats import InputStats
-from llmcompress.errors import Fault, UserError
+from llmcompress.errors import Fault
 
 #: how long one process waits for another, which may be compressing a large group alone
 PATIENCE = timedelta(hours=2)
@@ -55,14 +55,7 @@ class Team:
         return Team(rank, size)
 
     def share(self, rows: Tensor) -> Tensor:
-        """This process's part of (N, …) rows or of a matrix.
-
-        Raises:
-            UserError: there are fewer rows than processes.
-        """
-        if len(rows) < self.size:
-            raise UserError(f"{len(rows)} calibration rows for {self.size} processes", "--samples",
-                            "use at least one for each")  # fmt: skip
+        """This process's part of (N, …) rows or of a matrix; none of it if there are fewer than processes."""
         return rows.tensor_split(self.size)[self.rank]
 
     def told(self, value: Any = None) -> Any:
@@ -79,11 +72,15 @@ class Team:
 
     def total(self, number: int) -> int:
         """Sum over all processes."""
+        return int(self.added(torch.tensor(number)))
+
+    def added(self, sums: Tensor) -> Tensor:
+        """Sums over all processes, entry by entry."""
         if self.size == 1:
-            return number
-        counted = self._there(torch.tensor(number))
-        self._reach(lambda: dist.all_reduce(counted))
-        return int(counted)
+            return sums
+        found = self._there(sums)
+        self._reach(lambda: dist.all_reduce(found))
+        return found
 
     def earliest(self, place: int | None) -> int | None:
         """The least of the numbers that the processes give; None if none gives one."""
@@ -108,14 +105,17 @@ class Team:
         """Rows (n, …) of all processes, which may have different numbers of them, in order."""
         if self.size == 1:
             return rows
-        lengths: list[int] = [0] * self.size
-        self._reach(lambda: dist.all_gather_object(lengths, len(rows)))
-        padded = rows.new_zeros(max(lengths), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        plain = padded.view(torch.uint8) if padded.dtype == torch.bool else padded
-        parts = [torch.empty_like(plain) for _ in lengths]
-        self._reach(lambda: dist.all_gather(parts, plain))
-        return torch.cat([part[:n].view(rows.dtype) for part, n in zip(parts, lengths, strict=True)])
+        lengths = self._told_by_all(len(rows))
+        longest = max(lengths)
+        plain = (rows.view(torch.uint8) if rows.dtype == torch.bool else rows).contiguous()
+        if len(rows) < longest:
+            plain = torch.cat([plain, plain.new_zeros(longest - len(rows), *rows.shape[1:])])
+        joined = plain.new_empty(self.size * longest, *rows.shape[1:])
+        self._reach(lambda: dist.all_gather_into_tensor(joined, plain))
+        if min(lengths) < longest:
+            parts = joined.split(longest)
+            joined = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+        return joined.view(rows.dtype)
 
     def gathered_parts(self, parts: list[Tensor]) -> list[Tensor]:
         """The tensors of all processes, of any lengths, in order."""
@@ -148,6 +148,12 @@ class Team:
             zero = found.levels.zero_point
             levels = Levels(self.gathered(found.levels.scale), None if zero is None else self.gathered(zero))
             matrix.quantized = QuantizedWeight(self.gathered(found.codes), levels, found.grid)
+
+    def _told_by_all(self, number: int) -> list[int]:
+        """The numbers that the processes give, in order."""
+        numbers = self._there(torch.zeros(self.size, dtype=torch.int64))
+        numbers[self.rank] = number
+        return [int(n) for n in self.added(numbers)]
 
     def _there(self, number: Tensor) -> Tensor:
         """Where the processes can reach it: NCCL knows tensors on GPUs alone."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llmcompress.export.checkpoint import sha256
 from llmcompress.export.companions import COMPANIONS, REMOTE_CODE, companions
@@ -18,6 +21,8 @@ from llmcompress.recipe import Recipe
 
 #: options that change how a result is computed and not its bytes
 WITHOUT_EFFECT = frozenset({"low_memory", "offload_activations"})
+#: files that are hashed at a time, at most
+READERS = 8
 _NONE = "nothing"
 
 
@@ -35,10 +40,11 @@ def identity(
         arithmetic: device and dtype.
         advance: told of every file that is hashed.
     """
-    hashes = {}
-    for file in hashed_files(checkpoint, options):
-        hashes[file.relative_to(checkpoint.folder).as_posix()] = sha256(file)
-        advance(1)
+    hashes, files = {}, hashed_files(checkpoint, options)
+    with ThreadPoolExecutor(min(torch.get_num_threads(), READERS)) as pool:
+        for file, found in zip(files, pool.map(sha256, files), strict=True):
+            hashes[file.relative_to(checkpoint.folder).as_posix()] = found
+            advance(1)
     data = [options.calibration, options.eval_text or ""]
     tree = {
         "model": name,

@@ -26,7 +26,7 @@ class Lane:
 
     Args:
         model: its blocks are loaded one at a time.
-        tokens: (N, T) int64.
+        tokens: (N, T) int64; no rows if other processes have them all.
         batch: rows per micro-batch; None for full speed.
         kind: what makes the forwards.
         probe: (1, T) tokens of the first forward; None for the beginning of the first row.
@@ -40,7 +40,7 @@ class Lane:
         kind: Callable[[Callable[[], Any]], SuspendedForward] = SuspendedForward, probe: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model = model
-        batches = micro_batches(tokens) if batch is None else tokens.split(batch)
+        batches = () if not len(tokens) else micro_batches(tokens) if batch is None else tokens.split(batch)
         probe = tokens[:1, :PROBE_TOKENS] if probe is None else probe
         self.everyone = model.start_forwards([probe, *batches], kind=kind)
         self.probe, *self.forwards = self.everyone

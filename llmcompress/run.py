@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.annealing import Annealing, searched, with_ratios
-from llmcompress.arithmetic import choose_device, choose_dtype
-from llmcompress.calibration import Calibration, digest, evaluation_rows, token_rows
+from llmcompress.calibration import Calibration, digest
 from llmcompress.determinism import arithmetic, determinism
 from llmcompress.distributed import Team
 from llmcompress.errors import UserError
@@ -30,7 +29,6 @@ from llmcompress.key_values import key_value_scales
 from llmcompress.measure import Phases, peak_memory_bytes, versions
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
-from llmcompress.model.locate import locate
 from llmcompress.needs import samples_needed, warm_up
 from llmcompress.options import Options
 from llmcompress.plan import check_fit, estimate_size, without_misfits
@@ -42,64 +40,9 @@ from llmcompress.recover import recover
 from llmcompress.report import Report
 from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, removable, restructure
 from llmcompress.resume import KeptBlock, Workplace, folder_of
-from llmcompress.sampling import self_samples
 from llmcompress.savings import savings
+from llmcompress.source import HELD_OUT_SEED, Source, draw_tokens
 from llmcompress.walk import Walk
-
-#: sequences of the model's own samples on which the result is judged if no text is given, and their seed's offset
-HELD_OUT_SAMPLES = 16
-HELD_OUT_SEED = 1_000_003
-
-
-class Source:
-    """The dense model a run starts from: found, opened, and the device and dtype it will be computed in."""
-
-    def __init__(self, model: str | Path, options: Options) -> None:
-        self.name, self.options = str(model), options
-        self.folder = locate(self.name)
-        self.checkpoint = Checkpoint(self.folder)
-        if self.checkpoint.config.get("quantization_config"):
-            raise UserError("is quantized already", str(self.folder), "give the dense checkpoint")
-        self.device = choose_device(options.device)
-        self.dtype = choose_dtype(options.dtype, self.checkpoint, self.device)
-
-    def open(self, checkpoint: Checkpoint | None = None) -> BlockwiseModel:
-        """The model, or one saved from it, its blocks on disk."""
-        code = self.options.trust_remote_code
-        return BlockwiseModel(checkpoint or self.checkpoint, self.dtype, self.device, code)
-
-
-def draw_tokens(source: Source, samples: int, progress: Progress) -> tuple[Tensor | None, Tensor | None]:
-    """(N, T) calibration rows and evaluation rows; None where not wanted.
-
-    Args:
-        samples: how many of the calibration rows will be used; what the model writes itself is no longer than that.
-
-    Texts are read first, as they may be too short; what the model has to write itself is written in one go.
-    """
-    o = source.options
-    rows = eval_rows = None
-    wanted: list[tuple[int, int, int]] = []
-    if samples and o.calibration == "self":
-        wanted.append((samples, o.length, o.seed))
-    elif samples:
-        rows = token_rows(o.calibration_rows, source.folder, trust_remote_code=o.trust_remote_code)
-    if o.evaluate and o.eval_text is None:
-        wanted.append((HELD_OUT_SAMPLES, o.length, o.seed + HELD_OUT_SEED))
-    elif o.evaluate:
-        eval_rows = evaluation_rows(str(o.eval_text), source.folder, o.length, trust_remote_code=o.trust_remote_code)
-    if wanted:
-        total = sum(count * length for count, length, _ in wanted)
-        with progress.phase("sampling the model", total, "token") as advance:
-            drawn = self_samples(
-                source.folder, wanted,
-                device=source.device, dtype=source.dtype, trust_remote_code=o.trust_remote_code, advance=advance,
-            )  # fmt: skip
-        if samples and rows is None:
-            rows = drawn.pop(0)
-        if o.evaluate and eval_rows is None:
-            eval_rows = drawn.pop(0)
-    return rows, eval_rows
 
 
 class Run:
@@ -112,7 +55,8 @@ class Run:
         self.phases = Phases()
         self._known: dict[str, Any] | None = None
         self.team = Team.assembled(source.device)
-        if self.team.size > 1 and (recipe.structured is not None or searched(recipe) is not None):
+        alone = recipe.structured or searched(recipe) or any(m.learns for m in recipe.blockwise.methods)
+        if self.team.size > 1 and alone:
             raise UserError("works in one process alone", f"recipe {recipe.name}", "start one process")
 
     def execute(self, target: Path, force: bool = False, resume: bool = False) -> Report:

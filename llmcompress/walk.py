@@ -102,7 +102,6 @@ class Walk:
         used = tokens[: samples_needed(recipe, *tokens.shape)]
         self.samples, self.tokens, self._probe = len(used), team.share(used), used[:1, :PROBE_TOKENS]
         self.team = team
-        self._refuse_team()
         self._smooths = any(method.stage == "smooth" for method in recipe.methods)
         self._batch = min((method.batch for method in recipe.methods if method.batch), default=None)
         self._methods = recipe.methods  # as they are bound to the present block
@@ -158,12 +157,6 @@ class Walk:
                     model.release_block(index)
                 del finished, found
                 release_freed_memory()
-
-    def _refuse_team(self) -> None:
-        for method in self.recipe.methods if self.team.size > 1 else ():
-            if method.learns:
-                raise UserError("this step learns in one process alone", f"recipe {self.recipe.name}: {method.stage}",
-                                "start one process")  # fmt: skip
 
     def _seen(self, rows: list[Tensor]) -> Tensor:
         """Some rows of all processes."""
@@ -266,7 +259,7 @@ class Walk:
         if self._starved.is_expert(group.name):
             work.figures["rows"] = reached
         seen = self._seen(rows) if reached else torch.eye(group.width).to(rows[0])  # the error is that of the weights
-        errors = relative_errors(work, views, seen, self._seen(dense_rows) if len(places) > 1 else seen)
+        errors = relative_errors(work, views, seen, self._seen(dense_rows) if len(places) > 1 else seen, self.team)
         outcome.commit(group, work, places[0])
         for matrix, error in zip(work.matrices, errors, strict=True):
             report.matrices.append(outcome.report(matrix, error))

@@ -39,7 +39,7 @@ from llmcompress import api
 from llmcompress.calibration import Calibration, evaluation_rows, token_rows
 from llmcompress.evaluate.stream import compare
 from llmcompress.model.checkpoint import Checkpoint
-from llmcompress.run import Source
+from llmcompress.source import Source
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "peers.json"

@@ -39,7 +39,7 @@ from llmcompress.errors import UserError
 from llmcompress.measure import versions
 from llmcompress.progress import Progress
 from llmcompress.recipe import Recipe
-from llmcompress.run import Source, draw_tokens
+from llmcompress.source import Source, draw_tokens
 
 #: budget → what it says in recipes: sparsity, bits of weights and of inputs; ending of recipes made for it
 BUDGETS: dict[str, tuple[tuple[str, ...], str]] = {

@@ -30,7 +30,7 @@ from llmcompress.evaluate.stream import rounded_activations
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.report import MatrixReport
-from llmcompress.run import Source
+from llmcompress.source import Source
 from llmcompress.suspend import gates
 
 

@@ -20,7 +20,7 @@ from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.progress import Progress
 from llmcompress.restructure import couplings, score_groups
-from llmcompress.run import Source, draw_tokens
+from llmcompress.source import Source, draw_tokens
 from tests.architectures import tiny_folder, tiny_model
 
 TOKENS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(5))
