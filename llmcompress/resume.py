@@ -267,8 +267,13 @@ def _words(error: BaseException) -> str:
 
 
 def _scheme(tree: dict[str, Any]) -> Scheme:
-    parts: dict[str, Any] = {name: QuantGrid(**part) if isinstance(part, dict) else part for name, part in tree.items()}
+    parts: dict[str, Any] = {name: _grid(part) if isinstance(part, dict) else part for name, part in tree.items()}
     return Scheme(**parts)
+
+
+def _grid(tree: dict[str, Any]) -> QuantGrid:
+    """JSON has lists for tuples."""
+    return QuantGrid(**{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()})
 
 
 def _plain(value: Any) -> Any:
