@@ -273,7 +273,8 @@ def _scheme(tree: dict[str, Any]) -> Scheme:
 
 def _grid(tree: dict[str, Any]) -> QuantGrid:
     """JSON has lists for tuples."""
-    return QuantGrid(**{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+    return QuantGrid(**fields)
 
 
 def _plain(value: Any) -> Any:
