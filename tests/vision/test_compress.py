@@ -150,6 +150,21 @@ def test_an_observer_covers_no_more_than_the_extremes_and_ignores_an_outlier(obs
         assert error[0] < error[1]
 
 
+@pytest.mark.parametrize("observer", ["mse", "kl", "entropy"])
+def test_zeros_which_every_grid_has_do_not_move_a_range(observer: str) -> None:
+    x = torch.randn(400, 20, generator=torch.Generator().manual_seed(0)).relu()
+    grid = QuantGrid(8, False, "tensor", observer=observer)
+    ranges = [observed_range(grid, [rows], SHARES) for rows in (x, torch.cat([x, torch.zeros(4000, 20)]))]
+    assert torch.equal(ranges[0][1], ranges[1][1]) and float(ranges[0][1]) > 2.0  # two standard deviations
+
+
+@pytest.mark.parametrize("observer", ["percentile", "mse", "kl", "entropy"])
+def test_every_observer_keeps_the_accuracy_of_int8(observer: str, resnet: nn.Module) -> None:
+    overrides = [f"quantize.activations=int8-static-asym-{observer}"]
+    found = compress_vision(resnet, DATA.calibration(64, 0).batches(), "int8", overrides=overrides)
+    assert right(found.module) >= right(resnet) - 0.01
+
+
 @pytest.mark.parametrize("score", ["magnitude", "snip", "taylor", "obd"])
 def test_a_global_mask_drops_exactly_the_share_and_the_lowest_scores(resnet: nn.Module, score: str) -> None:
     recipe = VisionRecipe.load("global-50", [f"scores.score={score}", "scores.sparsity=0.25"])
