@@ -67,35 +67,39 @@ class Keeper:
         return block
 
     def _save_returned(self, following: int, returns: Returns) -> None:
-        walk = self.walk
-        if not self._keeps:
-            return
-        try:
-            save_all(walk, self.work, following, returns)
-        except UserError as error:
+        refusal = save_all(self.walk, self.work, following, returns) if self._keeps else ""
+        if refusal:
             self._keeps = False
-            walk.progress.say(f"if this run is stopped, it has to begin again: {error.what}")
+            self.walk.progress.say(f"if this run is stopped, it has to begin again: {refusal}")
 
 
 def follow(walk: Walk, work: Workplace) -> None:
     """What the processes of a team do that do not write: they walk along, and keep their own forwards' values."""
     start, call = walk.team.told()
-    number = len(walk.model.blocks)
+    number, keeps = len(walk.model.blocks), True
     for index, finished, returns in _walked(walk, work, start, call) if start < number else ():
         finished.tensors.clear()
-        if index + 1 < number:
-            save_all(walk, work, index + 1, returns)
+        if keeps and index + 1 < number:
+            keeps = not save_all(walk, work, index + 1, returns)
             work.sync_returned(index + 1, walk.team.rank)
         walk.team.wait()
 
 
-def save_all(walk: Walk, work: Workplace, following: int, returns: Returns) -> None:
-    """Writes what the block before block ``following`` returned to each forward of this process."""
-    for lane, forwards in enumerate(lane.everyone for lane in walk.lanes):
-        for number, forward in enumerate(forwards):
-            (value,) = returns.take([forward])
-            with forward.awake():
-                work.save_returned(following, lane, number, value, walk.team.rank)
+def save_all(walk: Walk, work: Workplace, following: int, returns: Returns) -> str:
+    """Writes what the block before block ``following`` returned to each forward of this process.
+
+    Returns:
+        Why that is impossible; empty if it is done.
+    """
+    try:
+        for lane, forwards in enumerate(lane.everyone for lane in walk.lanes):
+            for number, forward in enumerate(forwards):
+                (value,) = returns.take([forward])
+                with forward.awake():
+                    work.save_returned(following, lane, number, value, walk.team.rank)
+    except UserError as error:
+        return error.what
+    return ""
 
 
 def _walked(

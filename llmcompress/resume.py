@@ -108,7 +108,7 @@ class Workplace:
                 remove_empty(self._made_parents)
         finally:
             self._lock.release()
-        if error is not None and (told := self._told(error)) is not None:
+        if error is not None and (told := self.told(error)) is not None:
             raise told from error
 
     @property
@@ -234,7 +234,7 @@ class Workplace:
             elif path.name != "lock":
                 path.unlink()
 
-    def _told(self, error: BaseException) -> BaseException | None:
+    def told(self, error: BaseException) -> BaseException | None:
         """The error as one line that says whether the run can be gone on with; None if it is fine as it is."""
         resumable = self.resumable
         blocks = len(list((self.folder / "blocks").glob("*.json")))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.annealing import Annealing, searched, with_ratios
@@ -87,7 +88,11 @@ class Run:
         if self.options.on_misfit == "skip":
             recipe, _ = without_misfits(recipe, dense)
         if tokens is not None:
-            follow(self._new_walk(dense, recipe.blockwise, tokens, work := Workplace(target)), work)
+            work = Workplace(target)
+            try:
+                follow(self._new_walk(dense, recipe.blockwise, tokens, work), work)
+            except (OSError, SafetensorError) as error:
+                raise work.told(error) or error from error
         return Report(model=self.source.name, recipe=self.recipe.name, output=str(target))
 
     def _new_walk(self, dense: BlockwiseModel, recipe: Recipe, tokens: Tensor, work: Workplace) -> Walk:

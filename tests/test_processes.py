@@ -24,9 +24,10 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ("jsq", "wanda-2of4", "rtn-w8a8", "sparsegpt-2of4", "gptq-w8a8", "sparsegpt-best-50")
 EXPERT_RECIPES = ("jsq", "wanda-2of4", "sparsegpt-2of4")
 SCRIPT = """
-import os, signal, sys
+import errno, os, signal, sys
 from dataclasses import replace
 from llmcompress import api
+from llmcompress.resume import Workplace
 from llmcompress.walk import Walk
 source, rows, output, how, *recipes = sys.argv[1:]
 options = api.Options(calibration=rows, samples=5, length=16, evaluate=False, device="cpu")
@@ -35,6 +36,10 @@ def dies(walk, group, *rest):
     if group.name == "model.layers.1.mlp.gate_proj":
         os.kill(os.getpid(), signal.SIGKILL)
     return serve(walk, group, *rest)
+def full(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+if how == "full" and os.environ["RANK"] == "1":
+    Workplace.save_returned = full
 if how == "dies" and os.environ["RANK"] == "1":
     Walk._serve = dies
 for recipe in recipes:
@@ -152,6 +157,15 @@ def test_when_one_is_killed_nothing_looks_finished_and_resume_goes_on(folder: Pa
     done = launched(folder, "killed", "resume", "sparsegpt-2of4")
     assert done.returncode == 0, done.stderr[:8000]
     assert hashes(place / "out") == hashes(folder / "two" / "sparsegpt-2of4" / "out")
+
+
+def test_a_disk_that_is_full_for_one_process_is_said_by_it_and_the_run_can_go_on(folder: Path) -> None:
+    done = launched(folder, "full", "full", "wanda-2of4")
+    assert done.returncode != 0
+    assert "the disk is full; free some space; what was begun kept, the same command with --resume" in done.stderr
+    place = folder / "full" / "wanda-2of4"
+    assert [path.name for path in place.iterdir()] == ["out.partial"]
+    assert (place / "out.partial" / "run.json").is_file()
 
 
 def test_a_process_forces_its_own_values_to_disk_while_another_is_writing(tmp_path: Path) -> None:
