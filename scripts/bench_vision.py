@@ -103,7 +103,8 @@ class HalfTheLatency:
         self.name, self.dense, self.turns = name, dense, turns
         self.data = digits()
         self.calibration = self.data.calibration(512, 0)
-        self.common = {"importance": IMPORTANCE, "images": images, "multiple": multiple}
+        self.common = {"importance": IMPORTANCE, "multiple": multiple}
+        self.half = {"budget": "latency", "ratio": 0.5, "images": images}
         self.x = self.data.train.pixels[torch.arange(images) % len(self.data.train)]
         self.reference = folded(dense, self.x)
 
@@ -126,14 +127,14 @@ class HalfTheLatency:
         """Everything about this network."""
         with tempfile.TemporaryDirectory() as folder:
             table = Path(folder) / "latency.json"
-            halp, report = self.pruned({"budget": "latency", "ratio": 0.5}, table)
+            halp, report = self.pruned(self.half, table)
             ratios = [step / STEPS for step in range(2, STEPS)]
             even = [self.pruned({"ratio": ratio, "importance": "random"}, table)[0] for ratio in ratios]
             calls = [self.reference, halp, *even]
             _, met, *times = least([lambda m=m: m(self.x) for m in calls], self.turns)
             nearest = min(range(len(even)), key=lambda n: abs(times[n] - met))
             kinds = {
-                "halp": {"budget": "latency", "ratio": 0.5},
+                "halp": self.half,
                 "uniform": {"ratio": ratios[nearest]},
                 "uniform, l2": {"ratio": ratios[nearest], "importance": "l2"},
             }

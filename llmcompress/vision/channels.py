@@ -32,7 +32,7 @@ class ChannelOptions:
         multiple: a space keeps a multiple of so many, unless it has fewer.
         rounds: one-shot, or so many times a part, importances renewed in between.
         repair: the layers that read the channels are solved by least squares for what they gave out before.
-        images: at once, whose latency counts.
+        images: at once, whose latency counts where that is the budget.
     """
 
     ratio: float = 0.5
@@ -49,6 +49,8 @@ class ChannelOptions:
         for key in ("multiple", "rounds", "images"):
             if getattr(self, key) < 1:
                 raise UserError(f"{getattr(self, key)} is not positive", f"channels.{key}", "use 1 or more")
+        if self.budget == "channels" and self.images != ChannelOptions.images:
+            raise UserError("no latency is measured", "channels.images", "leave it out, or set budget: latency")
         if self.budget == "latency" and self.importance not in COMPARABLE:
             raise UserError(
                 f"{self.importance} says nothing about channels of different layers", "channels.importance",

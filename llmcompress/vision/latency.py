@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from llmcompress.errors import UserError
 from llmcompress.vision.network import logits
 
-#: repetitions of every layer, and of networks that are compared
+#: repetitions of every layer and of networks that are compared; of layers no fewer than some, but within seconds
 LAYER_TURNS, NETWORK_TURNS = 25, 50
+FEWEST_TURNS, PATIENCE = 5, 30.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ class LatencyTable:
             return
         values = torch.rand(max(shape.entries for shape in missing)) - 0.5
         calls = [shape.call(values) for shape in missing]
-        for shape, found in zip(missing, in_turns(calls, LAYER_TURNS), strict=True):
+        one = sum(found[0] for found in in_turns(calls, 1))
+        turns = min(max(int(PATIENCE / one), FEWEST_TURNS), LAYER_TURNS)
+        for shape, found in zip(missing, in_turns(calls, turns), strict=True):
             self.seconds[str(shape)] = min(found)
         self.save()
 

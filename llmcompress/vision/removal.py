@@ -99,6 +99,8 @@ def repair(module: nn.Module, graph: ChannelGraph, gone: Tensor, images: Images)
         if not bool(keep.all()):
             weight = module.get_parameter(f"{name}.weight")
             masks[name] = keep.view(1, -1, *[1] * (weight.dim() - 2)).expand_as(weight).contiguous()
+    if not masks:
+        return
     step = {"prune": {"method": "refit", "target": "dense", "damping": DAMPING}}
     tree = {"stages": [step], "targets": {"include": sorted(masks)}, "batchnorm": "keep", "bias_correction": False}
     for _ in LayerWalk(module, images.batches(), VisionRecipe.from_tree(tree, "repair"), masks=masks).run():

@@ -111,6 +111,11 @@ def test_a_budget_below_the_thinnest_network_is_refused() -> None:
         removed("bottleneck", Formula(), ratio=0.999)
 
 
+def test_images_at_once_are_for_a_budget_of_latency_alone() -> None:
+    with pytest.raises(UserError, match="no latency is measured"):
+        ChannelOptions(images=8)
+
+
 def test_scores_of_one_space_alone_cannot_fill_a_budget_of_latency() -> None:
     with pytest.raises(UserError, match="different layers"):
         ChannelOptions(budget="latency", importance="l2")

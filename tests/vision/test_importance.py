@@ -111,6 +111,13 @@ def test_a_repaired_layer_is_the_least_squares_solution_on_what_is_left() -> Non
         assert float((found - best) / scale) < 0.01
 
 
+def test_a_repair_where_nothing_goes_changes_nothing() -> None:
+    module, graph, space = opened()
+    before = copy.deepcopy(module.state_dict())
+    repair(module, graph, space.units[:0], IMAGES)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 def test_apoz_counts_the_zeros_that_readers_see() -> None:
     x = F.relu(opened()[0].first(IMAGES.pixels))
     torch.testing.assert_close(score("apoz"), (x != 0).float().mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
