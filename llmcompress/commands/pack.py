@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmcompress.commands.parser import Parser, quiet_libraries
 
-_KINDS = ("sparse", "bitsandbytes-int8", "bitsandbytes-nf4")
+_KINDS = ("sparse", "gptq", "gptq-v2", "bitsandbytes-int8", "bitsandbytes-nf4")
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -20,6 +20,10 @@ def run(arguments: Sequence[str]) -> int:
         from llmcompress.export.sparse import pack
 
         size = pack(options.folder, options.output, options.force)
+    elif options.to.startswith("gptq"):
+        from llmcompress.export.to_gptq import to_gptq
+
+        size = to_gptq(options.folder, options.output, options.to, options.force)
     else:
         from llmcompress.export.bitsandbytes import to_bitsandbytes
         from llmcompress.runtime.loading import check_checkpoint
@@ -35,7 +39,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m llmcompress pack",
         description="Write a finished folder in another container. 'sparse' leaves the zeros out, for storing and "
-        "sending; `unpack` brings every byte back. 'bitsandbytes-…' rounds floating-point weights.",
+        "sending; `unpack` brings every byte back. 'gptq' is GPTQ's layout of weight-only integers, for servers that "
+        "do not take compressed-tensors; 'gptq-v2' stores its zero points as they are, not less one. 'bitsandbytes-…' "
+        "rounds floating-point weights.",
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a checkpoint folder")

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress.errors import UserError
 from llmcompress.export.companions import COMPANIONS
-from llmcompress.export.destination import RECORD
-from llmcompress.export.rewriting import new_folder
-from llmcompress.measure import versions
+from llmcompress.export.destination import RECORD, sha256
+from llmcompress.export.rewriting import conversion_record, new_folder
 
 KINDS = ("bitsandbytes-int8", "bitsandbytes-nf4")
 
@@ -51,8 +50,10 @@ def to_bitsandbytes(folder: Path, output: Path, kind: str, force: bool = False) 
                 if path.is_file() and not (partial / path.relative_to(folder)).exists():
                     (partial / path.relative_to(folder)).parent.mkdir(exist_ok=True)
                     shutil.copyfile(path, partial / path.relative_to(folder))
-        (partial / RECORD).write_text(json.dumps({"model": str(folder), "format": kind, "versions": versions()}) + "\n")
-        after = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+        shards = sorted(partial.glob("*.safetensors"))
+        record = conversion_record(folder, kind, {shard.name: sha256(shard) for shard in shards})
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        after = sum(shard.stat().st_size for shard in shards)
     return {"before": sum(file.stat().st_size for file in folder.glob("*.safetensors")), "after": after}
 
 

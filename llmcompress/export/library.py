@@ -1,4 +1,5 @@
-"""The quantization scheme of each Linear, as the compressed-tensors library describes it; any format it knows."""
+"""The quantization scheme of each Linear, as the compressed-tensors library describes it: of any format it knows, and
+of GPTQ's layout."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.utils.match import match_name
 
 from llmcompress.errors import UserError
+from llmcompress.export import gptq
 
 _WHERE = "quantization_config"
 
@@ -17,11 +19,23 @@ _WHERE = "quantization_config"
 def library_schemes(config: Mapping[str, Any], linear_names: Iterable[str]) -> dict[str, QuantizationScheme]:
     """The library's scheme of each quantized Linear by name, its ``format`` filled in.
 
+    Args:
+        config: ``config.json["quantization_config"]``.
+        linear_names: of every Linear; where the layout is GPTQ's, whose config does not name the quantized ones, of
+            those that have a ``qweight``.
+
     Raises:
-        UserError: not a compressed-tensors checkpoint.
+        UserError: neither a compressed-tensors checkpoint nor one in GPTQ's layout.
     """
+    if config.get("quant_method") == "gptq":
+        scheme = gptq.library_scheme(config)
+        return dict.fromkeys(linear_names, scheme)
     if config.get("quant_method") != "compressed-tensors":
-        raise UserError(f"quantized by {config.get('quant_method')}", _WHERE, "use a compressed-tensors checkpoint")
+        raise UserError(
+            f"quantized by {config.get('quant_method')}",
+            _WHERE,
+            "use a checkpoint of compressed-tensors or in GPTQ's layout",
+        )
     try:
         parsed = QuantizationConfig.model_validate(dict(config))
         groups = [

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llmcompress.errors import UserError
 from llmcompress.export.checkpoint import is_full_disk
 from llmcompress.export.destination import check_output, remove_abandoned
+from llmcompress.measure import versions
+
+#: of a record: the layout that the folder was converted to
+CONVERTED = "converted"
+
+
+def conversion_record(folder: Path, kind: str, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What ``llmcompress.json`` says of a folder in another program's layout.
+
+    Args:
+        folder: it was made from.
+        kind: the layout.
+        hashes: SHA-256 of each weight file by name.
+    """
+    return {"model": str(folder), CONVERTED: kind, "sha256": dict(hashes), "versions": versions()}
 
 
 @contextmanager

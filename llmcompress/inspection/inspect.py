@@ -17,6 +17,7 @@ from llmcompress.arithmetic import choose_dtype
 from llmcompress.errors import UserError
 from llmcompress.export.destination import RECORD
 from llmcompress.export.quantized import experts_note
+from llmcompress.export.rewriting import CONVERTED
 from llmcompress.inspection.claims import (
     check_grids,
     check_report,
@@ -112,12 +113,16 @@ def inspect(
     advance("transformers")
     model = _skeleton(checkpoint, trust_remote_code, verdict)
     _load_as_others_do(checkpoint, model, trust_remote_code, verdict)
+    converted = (record or {}).get(CONVERTED)
+    if converted:
+        verdict.skip(f"zeros, masks, recipe and report: they stayed with the folder that was converted to {converted}")
+        record = None
     recipe = read_recipe(folder, record, verdict) if record is not None else None
     claims = read_claims(record, recipe, verdict) if record is not None else {}
     _inspect_tensors(found, checkpoint, model, claims, recipe, advance)
     if record is not None:
         _check_record(found, folder, record, claims)
-    elif found.compressed:
+    elif found.compressed and not converted:
         _note_foreign(checkpoint.config["quantization_config"], verdict)
         verdict.skip(f"hashes, zeros, masks, recipe and report: no record ({RECORD}) says what they should be")
     if model is not None:

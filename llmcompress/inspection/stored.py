@@ -16,6 +16,7 @@ from compressed_tensors.quantization import QuantizationScheme, QuantizationStra
 from torch import Tensor, nn
 
 from llmcompress.core.grid import QuantGrid
+from llmcompress.export import gptq
 from llmcompress.export.library import library_schemes
 from llmcompress.export.quantized import Scheme, unpack
 from llmcompress.model.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from llmcompress.model.matrix import is_matrix
 #: endings of the tensors that make up one matrix
 PARTS = (
     "weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale",
-    "weight_g_idx", "input_scale", "input_zero_point", "input_global_scale",
+    "weight_g_idx", "input_scale", "input_zero_point", "input_global_scale", *gptq.PARTS,
 )  # fmt: skip
 _OWN_FORMATS = (CompressionFormat.int_quantized, CompressionFormat.pack_quantized, CompressionFormat.naive_quantized)
 _OWN_STRATEGIES = (QuantizationStrategy.TENSOR, QuantizationStrategy.CHANNEL, QuantizationStrategy.GROUP)
@@ -53,13 +54,26 @@ class StoredMatrix:
     cut: Cut | None = None
 
     def read(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """Its tensors by ending."""
+        """Its tensors by ending; those of GPTQ's layout as compressed-tensors has them."""
         if self.cut is not None:
             name = self.parts["weight"]
             rows = partial(checkpoint.read_rows, name)
             return {"weight": self.cut.read(rows, checkpoint.tensors[name].shape[0])}
         found = checkpoint.read(self.parts.values())
-        return {part: found[name] for part, name in self.parts.items()}
+        tensors = {part: found[name] for part, name in self.parts.items()}
+        return gptq.unpack(tensors, checkpoint.config["quantization_config"]) if "qweight" in tensors else tensors
+
+    def where(self, part: str) -> str:
+        """The name on disk of one of its tensors, of which GPTQ's layout has others than are read."""
+        return self.parts.get(part, f"{self.name}.{part}")
+
+    def container(self, tensors: Mapping[str, Tensor]) -> str:
+        """What it is stored in: a format of compressed-tensors, ``gptq``, or the dtype of a dense one."""
+        if "qweight" in self.parts:
+            return "gptq"
+        if self.scheme is not None:
+            return CompressionFormat(self.scheme.format).value
+        return str(tensors["weight"].dtype).removeprefix("torch.")
 
     def nbytes(self, checkpoint: Checkpoint) -> int:
         """Bytes on disk of all its tensors; of its part of a tensor that holds all experts."""
@@ -112,7 +126,7 @@ def matrices_of(checkpoint: Checkpoint, model: BlockwiseModel | None) -> list[St
     """Every matrix of a checkpoint in the order of its blocks, and then those outside them.
 
     Raises:
-        UserError: the quantization_config is not one of compressed-tensors.
+        UserError: the quantization_config is not one of compressed-tensors or GPTQ's layout.
     """
     stacked = {sources[0] for name, sources in model.source_names.items() if name in model.cuts} if model else set()
     parts: dict[str, dict[str, str]] = {}
@@ -167,7 +181,7 @@ def _schemes(
     if not config:
         return {}
     if model is not None:
-        stored = {model.stored_name(name): name for name in model.linears}
+        stored = model.configurable()
         return {stored[name]: scheme for name, scheme in library_schemes(config, stored).items()}
     # what carries scales is a Linear, or was taken for one
     return library_schemes(config, [n for n, own in zip(names, parts.values(), strict=True) if own.keys() - {"weight"}])

@@ -77,15 +77,12 @@ def measure(
 ) -> MatrixFigures:
     """The figures of decoded ``values`` (out, in)."""
     stored = sum(8 * t.nbytes for part, t in tensors.items() if part not in _NOT_WEIGHTS)
+    if "qweight" in matrix.parts:  # read as if there were a byte for each code
+        stored = sum(8 * checkpoint.tensors[n].nbytes for part, n in matrix.parts.items() if part != "g_idx")
     zeros = values.numel() - int(values.count_nonzero())
-    kind = (
-        str(tensors["weight"].dtype).removeprefix("torch.")
-        if matrix.scheme is None
-        else CompressionFormat(matrix.scheme.format).value
-    )
     return MatrixFigures(
         matrix.name, matrix.block, (values.shape[0], values.shape[1]), matrix.nbytes(checkpoint),
-        stored / max(values.numel(), 1), kind, zeros / max(values.numel(), 1), zeros,
+        stored / max(values.numel(), 1), matrix.container(tensors), zeros / max(values.numel(), 1), zeros,
         outlier_ratio(values, 1), outlier_ratio(values, 0),
     )  # fmt: skip
 
@@ -150,7 +147,7 @@ def _levels_fit(matrix: StoredMatrix, tensors: Mapping[str, Tensor], verdict: Ve
         if part.endswith("scale"):
             scale = tensor.float()
             good = bool(((scale > 0) & torch.isfinite(scale)).all())
-            sound &= verdict.require(good, "scales", matrix.parts[part], "has scales that are not finite and positive")
+            sound &= verdict.require(good, "scales", matrix.where(part), "has scales that are not finite and positive")
     scheme = matrix.scheme
     if scheme is None or scheme.weights.type != QuantizationType.INT:
         return sound
@@ -161,7 +158,7 @@ def _levels_fit(matrix: StoredMatrix, tensors: Mapping[str, Tensor], verdict: Ve
             least, most = (int(extreme) for extreme in codes.aminmax())
             inside = low <= least and most <= high
             what = f"codes from {least} to {most} leave the {scheme.weights.num_bits}-bit grid [{low}, {high}]"
-            sound &= verdict.require(inside, "grid", matrix.parts[part], what)
+            sound &= verdict.require(inside, "grid", matrix.where(part), what)
     return sound
 
 

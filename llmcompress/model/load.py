@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 
 from llmcompress.core.grid import Levels
 from llmcompress.errors import UserError
+from llmcompress.export import gptq
 from llmcompress.export.quantized import Scheme, schemes_of, unpack, unpack_activations
 from llmcompress.model.blocks import find_blocks
 from llmcompress.model.checkpoint import Checkpoint, require_finite
@@ -189,12 +190,18 @@ class BlockwiseModel:
         sources = next(found for found in own if found)
         return split_quantized(sources[0])[0].removesuffix(".weight")
 
+    def configurable(self) -> dict[str, str]:
+        """Name in quantization_config → module, of every Linear it may mean; GPTQ's names none: those packed."""
+        packed = [name for name in self.linears if f"{name}.qweight" in self.source_names]
+        return {self.stored_name(name): name for name in packed or self.linears}
+
     def stored_tensors(self, module: str) -> dict[str, Tensor]:
         """What is stored of a quantized matrix, by name within it (``weight_scale`` …), its bias left out."""
         own = {suffix: self.source_names.get(f"{module}.{suffix}") for suffix in ("weight", *QUANTIZED_SUFFIXES)}
         parts = {suffix: sources[0] for suffix, sources in own.items() if sources}
         read = self.checkpoint.read(parts.values())
-        return {suffix: read[source] for suffix, source in parts.items()}
+        tensors = {suffix: read[source] for suffix, source in parts.items()}
+        return gptq.unpack(tensors, self.checkpoint.config["quantization_config"]) if "qweight" in tensors else tensors
 
     def expert_layer(self, module: str) -> str:
         """The name of the module of experts that a matrix belongs to; empty if it is none of theirs."""
@@ -212,7 +219,7 @@ class BlockwiseModel:
         quantization: dict[str, Any] | None = self.checkpoint.config.get("quantization_config")
         if not quantization:
             return {}
-        stored = {self.stored_name(name): name for name in self.linears}
+        stored = self.configurable()
         return {stored[name]: scheme for name, scheme in schemes_of(quantization, stored).items()}
 
     def _require_complete(self) -> None:
@@ -260,12 +267,10 @@ class BlockwiseModel:
             parts = self.checkpoint.read(sources)
             value = torch.cat([parts[part] for part in sources]) if len(sources) > 1 else parts[source]
         else:
-            value = cut.read(lambda first, last: self.checkpoint.read_rows(source, first, last), self._rows(source))
+            rows = self.checkpoint.tensors[source].shape[0]
+            value = cut.read(lambda first, last: self.checkpoint.read_rows(source, first, last), rows)
         require_finite(name, value)
         return self._in_working_dtype(value)
-
-    def _rows(self, source: str) -> int:
-        return self.checkpoint.tensors[source].shape[0]
 
     def _in_working_dtype(self, value: Tensor) -> Tensor:
         return value.to(self.dtype) if value.is_floating_point() else value

@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
 )
 
 from llmcompress.errors import UserError
+from llmcompress.export.gptq import PARTS as GPTQ_PARTS
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.experts import Cut, ExpertLayer, Stack
 from llmcompress.model.matrix import is_matrix
@@ -32,6 +33,7 @@ QUANTIZED_SUFFIXES = (
     "weight_global_scale",
     "input_scale",
     "input_zero_point",
+    *GPTQ_PARTS,
 )
 
 

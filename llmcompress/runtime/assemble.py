@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from llmcompress.errors import UserError
+from llmcompress.export import gptq
 from llmcompress.export.quantized import Scheme
 from llmcompress.measure import release_file_pages, release_freed_memory, release_mapped
 from llmcompress.model.checkpoint import Checkpoint
@@ -40,7 +41,8 @@ def survey(model: BlockwiseModel, runtime: str, device: str) -> tuple[dict[str, 
 def assemble(
     folder: Path, dtype: torch.dtype | None, device: str, runtime: str
 ) -> tuple[PreTrainedModel | None, RuntimeSummary]:
-    """The model of a quantized folder with a kernel in each matrix that has one; None if no matrix has.
+    """The model of a quantized folder with a kernel in each matrix that has one; None if no matrix has. What is in
+    GPTQ's layout is read in any case: transformers wants two more packages for it.
 
     Args:
         folder: with a ``quantization_config`` this program reads.
@@ -55,7 +57,7 @@ def assemble(
     model = BlockwiseModel(checkpoint, dtype or checkpoint.dtype, device)
     kernels, summary = survey(model, runtime, device)
     require_kernel(summary, runtime, str(folder))
-    if not summary.kernels.keys() - {"dense"}:
+    if not summary.kernels.keys() - {"dense"} and not gptq.is_layout(checkpoint.config):
         return None, summary
     with torch.no_grad():
         _map_embedding(model)

@@ -51,7 +51,10 @@ def load(
     if (summary.reasons or summary.whole) and runtime != "dense":
         warnings.warn(f"{folder}: {summary.text()}", stacklevel=2)
     if model is None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype) or "auto", local_files_only=True)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype) or "auto", local_files_only=True)
+        except ImportError as error:  # bitsandbytes, gptqmodel, optimum
+            raise UserError(f"transformers cannot load it ({error})", str(folder), "install what is missing") from error
         model = model.to(device)
     model.llmcompress_runtime = summary
     return model.eval()
