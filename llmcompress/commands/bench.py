@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmcompress.commands.parser import Parser, quiet_libraries
+from llmcompress.runtime.summary import RUNTIMES
 
 if TYPE_CHECKING:
     from llmcompress.runtime.bench import Variant
@@ -123,7 +124,7 @@ def _parser() -> Parser:
     add("--batch", type=_numbers, default=[1, 8], metavar="N,N", help="rows at once (default: 1,8)")
     add("--rounds", type=_positive, default=3, metavar="N", help="processes for each row of the table (default: 3)")
     add("--threads", type=_positive, metavar="N", help="default: as many as the process may use")
-    add("--runtime", default="auto", choices=["auto", "int8", "int4", "dense"], help="of the folder (default: auto)")
+    add("--runtime", default="auto", choices=RUNTIMES, help="of the folder (default: auto)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the folder's arithmetic (default: the checkpoint's)")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--json", type=Path, metavar="FILE",

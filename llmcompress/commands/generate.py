@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmcompress.commands.parser import Parser, quiet_libraries
+from llmcompress.runtime.summary import RUNTIMES
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -62,7 +63,7 @@ def _parser() -> Parser:
     add("--temperature", type=_temperature, default=0.0, metavar="T",
         help="of the sampling; 0 takes the most likely token (default)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="S", help="of the sampling (default: 0)")
-    add("--runtime", default="auto", choices=["auto", "int8", "int4", "dense"], help="of the matrices (default: auto)")
+    add("--runtime", default="auto", choices=RUNTIMES, help="of the matrices (default: auto)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the arithmetic (default: the checkpoint's)")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     return parser

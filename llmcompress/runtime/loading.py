@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmcompress.errors import UserError, nearest
 from llmcompress.export.destination import refuse_network
 from llmcompress.export.sparse import is_packed
-from llmcompress.runtime.summary import RUNTIMES, RuntimeSummary, require_kernel
+from llmcompress.runtime.summary import RUNTIMES, SEMI_STRUCTURED, RuntimeSummary, require_kernel
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -36,8 +36,9 @@ def load(
         dtype: e.g. ``torch.bfloat16`` or ``"bfloat16"``; that of the checkpoint if None.
         device: where to put it.
         runtime: ``auto`` multiplies each quantized matrix by the integer kernel there is for its scheme, and warns of
-            those for which there is none; ``int8`` and ``int4`` use that kernel only; ``dense`` leaves everything to
-            transformers, which widens the weights at the first forward.
+            those for which there is none; ``int8`` and ``int4`` use that kernel only; ``2:4`` takes torch's prototype
+            of semi-structured tensors for weights of that pattern, in an unquantized folder on CUDA; ``dense`` leaves
+            everything to transformers, which widens the weights at the first forward.
 
     Raises:
         UserError: no folder, no checkpoint in it, pickle weights only, a missing or damaged shard, an unknown dtype or
@@ -48,14 +49,16 @@ def load(
         raise UserError(f"unknown runtime '{runtime}'", "runtime", nearest(runtime, RUNTIMES))
     check_checkpoint(folder)
     model, summary = _with_kernels(folder, _dtype(dtype), device, runtime)
-    if (summary.reasons or summary.whole) and runtime != "dense":
-        warnings.warn(f"{folder}: {summary.text()}", stacklevel=2)
     if model is None:
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype) or "auto", local_files_only=True)
         except ImportError as error:  # bitsandbytes, gptqmodel, optimum
             raise UserError(f"transformers cannot load it ({error})", str(folder), "install what is missing") from error
         model = model.to(device)
+        if runtime == SEMI_STRUCTURED:
+            summary = _semi_structured(model, folder)
+    if (summary.reasons or summary.whole) and runtime != "dense":
+        warnings.warn(f"{folder}: {summary.text()}", stacklevel=2)
     model.llmcompress_runtime = summary
     return model.eval()
 
@@ -78,6 +81,10 @@ def _with_kernels(
     """The model with kernels in it, None where transformers is to load it, and how its matrices are multiplied."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     summary = RuntimeSummary()
+    if runtime == SEMI_STRUCTURED and config:
+        raise UserError("is quantized; 2:4 products are for floating-point weights", str(folder), "use runtime auto")
+    if runtime == SEMI_STRUCTURED:
+        return None, summary
     if runtime == "dense" or not config:
         require_kernel(summary, runtime, str(folder))
         return None, summary
@@ -90,6 +97,14 @@ def _with_kernels(
             raise
         summary.whole = error.what
         return None, summary
+
+
+def _semi_structured(model: PreTrainedModel, folder: Path) -> RuntimeSummary:
+    from llmcompress.runtime.semi_structured import hold_semi_structured
+
+    summary = hold_semi_structured(model)
+    require_kernel(summary, SEMI_STRUCTURED, str(folder))
+    return summary
 
 
 def check_checkpoint(folder: Path) -> list[Path]:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from llmcompress.errors import UserError
 
+#: torch's semi-structured tensors, of dense folders on CUDA
+SEMI_STRUCTURED = "2:4"
 #: what a user can ask for
-RUNTIMES = ("auto", "int8", "int4", "dense")
-#: of them, kernels by name
+RUNTIMES = ("auto", "int8", "int4", SEMI_STRUCTURED, "dense")
+#: of them, kernels of quantized matrices
 KERNELS = ("int8", "int4")
 
 
@@ -21,8 +23,8 @@ class RuntimeSummary:
     """How the matrices of a loaded model are multiplied.
 
     Attributes:
-        kernels: number of Linears by kernel: ``int8``, ``int4``, ``fp8`` (CUDA only), ``dense``.
-        reasons: why quantized matrices are multiplied dense, with their number.
+        kernels: number of Linears by kernel: ``int8``, ``int4``, ``fp8`` and ``2:4`` (CUDA only), ``dense``.
+        reasons: why matrices that could have a kernel are multiplied dense, with their number.
         whole: why the whole model was left to transformers; empty if it was not, or was asked for.
     """
 
@@ -35,12 +37,13 @@ class RuntimeSummary:
         if self.whole:
             return f"all dense: {self.whole}"
         parts = [f"{count} matrices in {kernel}" for kernel, count in self.kernels.items() if kernel != "dense"]
-        parts += [f"{count} quantized matrices dense: {why}" for why, count in self.reasons.items()]
+        kind = "" if self.kernels[SEMI_STRUCTURED] else "quantized "
+        parts += [f"{count} {kind}matrices dense: {why}" for why, count in self.reasons.items()]
         return "; ".join(parts) or "no quantized matrices, all dense"
 
 
 def require_kernel(summary: RuntimeSummary, runtime: str, folder: str) -> None:
     """Raises UserError if a kernel was asked for by name and no matrix can use it."""
-    if runtime in KERNELS and not summary.kernels[runtime]:
+    if runtime in (*KERNELS, SEMI_STRUCTURED) and not summary.kernels[runtime]:
         why = next(iter(summary.reasons), "it holds no quantized matrices")
         raise UserError(f"nothing in it can be multiplied in {runtime} ({why})", folder, "use runtime auto or dense")
