@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from llmcompress.errors import UserError
+from llmcompress.table import bytes_text
 
 RECORD = "llmcompress.json"
 """The file that marks a folder as this program's own output: only such a folder is ever replaced."""
@@ -29,11 +31,20 @@ def refuse_network(folder: Path) -> None:
     Raises:
         UserError: the folder holds one.
     """
-    if holds_network(folder):
+    if holds_network(folder) or _classifies_images(folder / "config.json"):
         raise UserError(
             "holds a convolutional network, and this is for language models", str(folder),
             "use the command vision, or llmcompress.vision.load_vision",
         )  # fmt: skip
+
+
+def _classifies_images(config: Path) -> bool:
+    """Whether a configuration of transformers says so."""
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+        return any(str(name).endswith("ForImageClassification") for name in named)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return False  # who reads the folder says what is wrong with it
 
 
 def check_output(output: Path, force: bool = False, source: Path | None = None) -> None:
@@ -67,7 +78,7 @@ def check_disk_space(path: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(_nearest_existing(Path(path).absolute())).free
     if free < needed_bytes:
         raise UserError(
-            f"needs about {needed_bytes / 1e9:.2f} GB but only {free / 1e9:.2f} GB of disk space are free",
+            f"needs about {bytes_text(needed_bytes)} but only {bytes_text(free)} of disk space are free",
             str(path),
             "free some space or choose another --output",
         )

@@ -73,7 +73,9 @@ def digits() -> ImageSet:
     return ImageSet(all_of_them.take(slice(0, -HELD_OUT)), all_of_them.take(slice(-HELD_OUT, None)))
 
 
-def read_images(source: str, samples: int, seed: int, size: int = 0, normal: Path | None = None) -> ImageSet:
+def read_images(
+    source: str, samples: int, seed: int, size: int = 0, normal: Path | None = None, grey: bool = False
+) -> ImageSet:
     """The images of ``--data``.
 
     Args:
@@ -81,6 +83,7 @@ def read_images(source: str, samples: int, seed: int, size: int = 0, normal: Pat
         samples: to calibrate on; of a folder or a file the others are held out.
         seed: of the split.
         size: pixels of a side that images of a folder are brought to; 0 leaves them, and they must be alike.
+        grey: images of a folder have one channel instead of three.
         normal: a ``preprocessor_config.json`` whose means and deviations images of a folder are normalized by.
 
     Raises:
@@ -90,7 +93,7 @@ def read_images(source: str, samples: int, seed: int, size: int = 0, normal: Pat
         return digits()
     path = Path(source)
     if path.is_dir():
-        found = _from_folder(path, size, normal)
+        found = _from_folder(path, size, normal, grey)
     elif path.suffix == ".npz" and path.is_file():
         found = _from_file(path)
     else:
@@ -130,7 +133,7 @@ def _labels(labels: np.ndarray | None, count: int, path: Path) -> Tensor | None:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _from_folder(path: Path, size: int, normal: Path | None) -> Images:
+def _from_folder(path: Path, size: int, normal: Path | None, grey: bool) -> Images:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
@@ -145,11 +148,11 @@ def _from_folder(path: Path, size: int, normal: Path | None) -> Images:
     for file, _ in files:
         try:
             with Image.open(file) as opened:
-                image = opened.convert("RGB")
+                image = opened.convert("L" if grey else "RGB")
                 image = image.resize((size, size)) if size else image
         except (UnidentifiedImageError, OSError) as error:
             raise UserError(f"is not readable ({type(error).__name__})", str(file), "remove it") from None
-        pixels.append(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255)
+        pixels.append(torch.from_numpy(np.atleast_3d(np.asarray(image)).copy()).permute(2, 0, 1).float() / 255)
     if len({p.shape for p in pixels}) > 1:
         raise UserError("images have several sizes", str(path), "say --image-size")
     return Images(_normalized(torch.stack(pixels), normal), torch.tensor([n for _, n in files]))

@@ -39,6 +39,12 @@ class Network:
     folder: Path | None = None
     image_size: int = 0
 
+    @property
+    def grey(self) -> bool:
+        """Whether its first convolution reads one channel."""
+        first = next((m for m in self.module.modules() if isinstance(m, nn.Conv2d)), None)
+        return first is not None and first.in_channels == 1
+
 
 def logits(module: nn.Module, x: Tensor) -> Tensor:
     """(N, classes) of images (N, C, H, W), whatever the module wraps them in.

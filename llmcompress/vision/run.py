@@ -64,7 +64,8 @@ class VisionRun:
         o, folder = self.options, self.network.folder
         check_output(self.output, force, folder)
         normal = folder / "preprocessor_config.json" if folder else None
-        self.data: ImageSet = read_images(o.data, o.samples, o.seed, o.image_size or self.network.image_size, normal)
+        size = o.image_size or self.network.image_size
+        self.data: ImageSet = read_images(o.data, o.samples, o.seed, size, normal, self.network.grey)
         self.images = self.data.calibration(o.samples, o.seed)
         found = takes_images(self.network.module, self.images.pixels[:PROBE], model)
         labels = self.data.test.labels
