@@ -189,6 +189,8 @@ def test_a_folder_reads_back_as_the_network_that_was_judged(model: str, recipe: 
     assert main(arguments) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert right(load_vision(tmp_path / "out")) == pytest.approx(report["accuracy"]["after"], abs=1e-6)
+    if recipe.endswith("int8"):
+        assert right(to_int8(load_vision(tmp_path / "out"))) == pytest.approx(report["accuracy"]["after"], abs=0.01)
     assert report["size_bytes"]["after"] < report["size_bytes"]["before"] / 3
     assert main(arguments) == 2  # it is there already
 
