@@ -251,9 +251,13 @@ class BlockPass:
             forward.resume()
         while (stop := self._next_stop([f.place for f in travellers])) is not None:
             here = [f for f in travellers if isinstance(f.place, AtMatrix) and f.place.group == stop]
-            yield stop, [f.place for f in here if isinstance(f.place, AtMatrix)]
+            places = [f.place for f in here if isinstance(f.place, AtMatrix)]
+            ends = self.is_last and stop == len(self.stops) - 1
+            for forward in self.forwards if ends else ():  # all that they hold is free, but for the places
+                forward.abandon()
+            yield stop, places
             self.served.add(stop)
-            if self.is_last and stop == len(self.stops) - 1:
+            if ends:
                 break
             for forward in here:
                 forward.resume()

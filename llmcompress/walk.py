@@ -222,6 +222,7 @@ class Walk:
             raise UserError("its dense and compressed forwards take different ways", name, "use target: compressed")
         if first is None:
             return False
+        release_freed_memory()  # what lay between is gone, and statistics are large
         with self.phases("compress"):
             for part in groups[first[0]].parts():
                 work = self._serve(part, [at[1] for at in arrived if at], outcome, report)
@@ -249,12 +250,12 @@ class Walk:
             nothing = torch.zeros(0 if reached else 1, group.width, dtype=self.model.dtype, device=self.model.device)
             rows = dense_rows = [nothing]
         needs, methods = self._plan(group, reached)
-        work = outcome.working_copies(group, [view.name for view in views])
         peaks = self.team.gathered(channel_peaks(rows)[None]).amax(0)
         stats = InputStats(group.width, needs, device=rows[0].device, length=self.tokens.shape[1])
         for x, dense in zip(rows, dense_rows, strict=True):
             stats.update(x, dense)
         self.team.merge(stats)
+        work = outcome.working_copies(group, [view.name for view in views])
         self.team.run(methods, work, stats)
         if self._starved.is_expert(group.name):
             work.figures["rows"] = reached

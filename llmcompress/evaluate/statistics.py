@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 Floats = NDArray[np.float64]
 
@@ -56,6 +55,8 @@ def interval(draws: Floats) -> tuple[float, float] | None:
 
 def share_interval(hits: int, trials: int) -> tuple[float, float]:
     """Wilson's interval of a share: what a bootstrap of 0s and 1s tends to, but of use at none and at all as well."""
+    from scipy.stats import binomtest  # large, and a compression needs none of it
+
     found = binomtest(hits, trials).proportion_ci(LEVEL, method="wilson")
     return float(found.low), float(found.high)
 
@@ -92,6 +93,8 @@ def mcnemar(gained: int, lost: int) -> float:
         gained: items that only the model has right.
         lost: items that only the reference has right.
     """
+    from scipy.stats import binomtest
+
     return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
 
