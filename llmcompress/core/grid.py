@@ -214,9 +214,9 @@ class QuantGrid:
             exact = self.table.values.to(exact.device)[self.table.index(exact, uniform)]
         return float_codes(self.kind, exact)
 
-    def dequantize(self, codes: Tensor, levels: Levels) -> Tensor:
-        """(rows, cols) float32 values of ``codes``."""
-        values = torch.empty(codes.shape, device=codes.device)
+    def dequantize(self, codes: Tensor, levels: Levels, out: Tensor | None = None) -> Tensor:
+        """(rows, cols) float32 values of ``codes``, in ``out`` if that is given, contiguous."""
+        values = torch.empty(codes.shape, device=codes.device) if out is None else out
         for rows, scale, zero in _parts(codes, levels):
             part = self._grouped(values[rows].copy_(self._plain(codes[rows])))
             part = part if zero is None else part.sub_(zero)
@@ -285,9 +285,9 @@ class QuantizedWeight:
     levels: Levels
     grid: QuantGrid
 
-    def dequantize(self) -> Tensor:
-        """(out, in) float32."""
-        return self.grid.dequantize(self.codes, self.levels)
+    def dequantize(self, out: Tensor | None = None) -> Tensor:
+        """(out, in) float32, in the memory of ``out`` if that is given, contiguous."""
+        return self.grid.dequantize(self.codes, self.levels, out)
 
 
 def _slices(x: Tensor) -> Iterator[slice]:

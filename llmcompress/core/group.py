@@ -74,10 +74,11 @@ class Matrix:
         else:
             self.weight = values if earlier is None else values.masked_fill(~self.keep, 0.0)
 
-    def quantize(self, quantized: QuantizedWeight) -> None:
-        """Takes the rounded values. Zero is a level of every grid, so pruned weights stay exactly zero."""
+    def quantize(self, quantized: QuantizedWeight, out: Tensor | None = None) -> None:
+        """Takes the rounded values, in the memory of ``out`` (out, in) if that is given. Zero is a level of every grid,
+        so pruned weights stay exactly zero."""
         self.quantized = quantized
-        self.weight = quantized.dequantize()
+        self.weight = quantized.dequantize(out)
 
 
 @dataclass

@@ -32,6 +32,8 @@ from llmcompress.errors import UserError
 MOST_DAMPING = 1e4
 #: columns whose carried errors one matrix product gives
 BLOCK = 512
+#: entries of E that are kept at once where rows do not depend on each other, and rows that are worth a product
+PART_ENTRIES, PART_ROWS = 8 << 20, 512
 
 
 @dataclass(frozen=True)
@@ -166,9 +168,29 @@ def sweep(
     if weight.dtype != torch.float32 or kernels is None or not _compiled(rounding, weight.device):
         Q = sweep_reference(weight, factor, targets)
         return Q if out is None else out.copy_(Q)
-    V, W = factor.V, weight.contiguous()
-    Q, E = torch.empty_like(W) if out is None else out, W.new_empty(W.shape[1], W.shape[0])  # E is (in, out)
-    outside = [t for t in targets if t.group and not (t is mask and mask.sparsity.m)]
+    W = weight.contiguous()
+    Q = torch.empty_like(W) if out is None else out
+    step = len(W) if mask is not None and mask.compares_rows else max(PART_ENTRIES // W.shape[1], PART_ROWS)
+    for first in range(0, len(W), step):
+        rows = slice(first, first + step)
+        kept = None if mask is None else mask.part(rows)
+        rounded = None if rounding is None else rounding.part(rows, kept)
+        _sweep_rows(kernels, W[rows], Q[rows], factor.V, kept, rounded)
+        if mask is not None and kept is not None:
+            mask.take(rows, kept)
+        if rounding is not None and rounded is not None:
+            rounding.take(rows, rounded)
+    return Q
+
+
+def _sweep_rows(
+    kernels: ModuleType, W: Tensor, Q: Tensor, V: Tensor, mask: Mask | None, rounding: Round | None
+) -> None:  # fmt: skip
+    """The sweep of rows that are decided together, block by block of columns, into ``Q``."""
+    E = W.new_empty(W.shape[1], W.shape[0])  # (in, out)
+    outside: list[ColumnTarget] = [
+        t for t in (mask, rounding) if t is not None and t.group and not (t is mask and mask.sparsity.m)
+    ]
     for block in _blocks(len(V), mask.sparsity.m if mask else 0, [t.group for t in outside], kernels.COLUMNS):
         b = block[0].start
         carried = V[:b, b : block[-1].stop].T @ E[:b]  # (block, out)
@@ -182,7 +204,6 @@ def sweep(
                     known = S if ahead.stop <= now.stop else carried if now.start == b else carried[:0]
                     target.begin(_adjusted(kernels, W, E, V, ahead, known), now.start)
             _sweep_columns(kernels, W, Q, E[now], S, V, now, mask, rounding)
-    return Q
 
 
 def _blocks(columns: int, m: int, groups: list[int], most: int) -> list[list[slice]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Protocol
 
@@ -56,6 +57,21 @@ class Mask:
         mask.sparsity, mask.group, mask.keep = Sparsity(0.0), 0, keep.T.contiguous().T
         return mask
 
+    @property
+    def compares_rows(self) -> bool:
+        """Whether what one row loses hangs on the others."""
+        return bool(self.group) and not self.sparsity.m
+
+    def part(self, rows: slice) -> Mask:
+        """The mask of some rows, of which `take` takes the decisions back."""
+        twin = copy.copy(self)
+        twin.keep = self.keep.T[:, rows].contiguous().T
+        return twin
+
+    def take(self, rows: slice, part: Mask) -> None:
+        """Decisions of a `part`."""
+        self.keep[rows] = part.keep
+
     def begin(self, adjusted: Tensor, j: int) -> None:
         """Drops the lowest w² V_kk²: N:M within each row, a ratio over all rows of the block, with exact totals."""
         columns = slice(j, j + adjusted.shape[1])
@@ -104,9 +120,20 @@ class Round:
         self.scale = torch.ones(columns // size, rows, device=weight.device)
         self.zero = torch.zeros_like(self.scale)
         if ahead:
-            self._take(grid.fit(weight, scale_dtype), 0)
+            self._set(grid.fit(weight, scale_dtype), 0)
 
-    def _take(self, levels: Levels, group: int) -> None:
+    def part(self, rows: slice, mask: Mask | None) -> Round:
+        """The rounding of some rows under their part of the mask, of which `take` takes the levels back."""
+        twin = copy.copy(self)
+        twin.scale, twin.zero = self.scale[:, rows].contiguous(), self.zero[:, rows].contiguous()
+        twin.mask = None if self.mask is None else mask
+        return twin
+
+    def take(self, rows: slice, part: Round) -> None:
+        """Levels of a `part`."""
+        self.scale[:, rows], self.zero[:, rows] = part.scale, part.zero
+
+    def _set(self, levels: Levels, group: int) -> None:
         last = group + levels.scale.shape[1]
         self.scale[group:last] = levels.scale.T
         if levels.zero_point is not None:
@@ -121,7 +148,7 @@ class Round:
     def begin(self, adjusted: Tensor, j: int) -> None:
         if self.mask is not None and not self.mask.sparsity.m:
             adjusted = adjusted * self.mask.keep[:, j : j + self.group]
-        self._take(self.grid.fit(adjusted, self.scale_dtype), j // self.group)
+        self._set(self.grid.fit(adjusted, self.scale_dtype), j // self.group)
 
     def project(self, column: Tensor, j: int) -> Tensor:
         group = int(self.level_of[j])

@@ -56,12 +56,13 @@ class Curvature:
 
         Args:
             H: (in, in), the caller's no longer.
-            C: (in, in) for the dense target.
+            C: (in, in) for the dense target, the caller's no longer.
         """
         order = None
         if problem.act_order:
             order = H.diagonal().argsort(descending=True, stable=True)
-            H, C = _permuted(H, order), None if C is None else _permuted(C, order)
+            for matrix in (H,) if C is None else (H, C):
+                reorder(reorder(matrix, order, 1), order, 0)
         again = problem.refit or C is not None
         try:
             factor = factorise(H, problem.damping, getattr(torch, problem.precision), overwrite=not again)
@@ -81,8 +82,9 @@ class Curvature:
         Args:
             last: nobody reads the matrix's present weights any more; where no others are needed, it is they.
         """
-        if last and self.order is None and self.C is None and matrix.aim is None:
-            return matrix.weight.masked_fill_(self.factor.dead, 0.0)
+        if last and self.C is None and matrix.aim is None:
+            own = matrix.weight if self.order is None else reorder(matrix.weight, self.order, 1)
+            return own.masked_fill_(self.factor.dead, 0.0)
         W = self.ordered(matrix.weight if matrix.aim is None else matrix.aim)
         if self.C is not None and self.H is not None and not matrix.aims_at_dense:
             W = aim_at_dense(W, self.H, self.C, self.factor)
@@ -98,9 +100,12 @@ class Curvature:
         """A copy of (out, in), its columns in the order in which they are taken."""
         return columns.clone() if self.order is None else columns[:, self.order]
 
-    def restored(self, columns: Tensor) -> Tensor:
-        """Columns (out, in) back from the order in which they are taken."""
-        return columns if self.order is None else columns[:, self.order.argsort()]
+    def restored(self, columns: Tensor, overwrite: bool = False) -> Tensor:
+        """Columns (out, in) back from the order in which they are taken, in their own memory if that may be."""
+        if self.order is None:
+            return columns
+        back = self.order.argsort()
+        return reorder(columns, back, 1) if overwrite else columns[:, back]
 
 
 def gram_for(stats: InputStats, rest: Iterable[Method]) -> Tensor:
@@ -108,10 +113,9 @@ def gram_for(stats: InputStats, rest: Iterable[Method]) -> Tensor:
     return stats.gram if any("gram" in method.needs for method in rest) else stats.take_gram()
 
 
-def _permuted(matrix: Tensor, order: Tensor, rows: int = 512) -> Tensor:
-    """Both axes in ``order``, some rows at a time: gathering is fast within the cache."""
-    permuted = torch.empty_like(matrix)
-    for first in range(0, len(order), rows):
-        part = slice(first, first + rows)
-        torch.index_select(matrix[order[part]], 1, order, out=permuted[part])
-    return permuted
+def reorder(matrix: Tensor, order: Tensor, axis: int, width: int = 512) -> Tensor:
+    """Puts what lies along an ``axis`` of ``matrix`` in ``order``, in its own memory, some at a time: gathering is fast
+    within the cache."""
+    for part in matrix.split(width, 1 - axis):
+        part.copy_(part.index_select(axis, order))
+    return matrix

@@ -120,23 +120,28 @@ class GPTQ(Method):
 
     def _sweep(self, matrix: Matrix, curvature: Curvature, sparsity: Sparsity | None, last: bool) -> None:
         """Rounds one matrix."""
-        W = curvature.aim(matrix, last)
-        mask = None
+        mask, order = None, curvature.order
         if sparsity is not None:
-            mask = Mask(sparsity, curvature.factor.V.diagonal(), len(W))
+            mask = Mask(sparsity, curvature.factor.V.diagonal(), len(matrix.weight))
         elif matrix.keep is not None:
             mask = Mask.held(curvature.ordered(matrix.keep))
-        order = curvature.order
-        moved = matrix.keep is None and (curvature.C is not None or bool(curvature.factor.dead.any()))
-        fitted = curvature.restored(W) if moved else matrix.weight
         level_of = None if order is None else order // self.weights.group_size(matrix.columns)
         generator = self.weights.generator(matrix.name)
-        rounding = Round(self.weights, fitted, matrix.scale_dtype, mask, level_of, self.static_groups, generator)
-        Q = curvature.restored(sweep(W, curvature.factor, mask, rounding, out=W))
+
+        def fitted(weight: Tensor) -> Round:
+            return Round(self.weights, weight, matrix.scale_dtype, mask, level_of, self.static_groups, generator)
+
+        if matrix.keep is None and (curvature.C is not None or bool(curvature.factor.dead.any())):
+            W = curvature.aim(matrix, last)
+            rounding = fitted(curvature.restored(W))
+        else:  # before the aim takes the weights' memory
+            rounding = fitted(matrix.weight)
+            W = curvature.aim(matrix, last)
+        Q = curvature.restored(sweep(W, curvature.factor, mask, rounding, out=W), overwrite=True)
         if mask is not None and sparsity is not None:
             matrix.prune(curvature.restored(mask.keep), Q)
         levels = rounding.levels
-        matrix.quantize(QuantizedWeight(self.weights.quantize(Q, levels), levels, self.weights))
+        matrix.quantize(QuantizedWeight(self.weights.quantize(Q, levels), levels, self.weights), out=Q)
 
 
 def run_time_gram(group: MatrixGroup, stats: InputStats) -> Tensor:

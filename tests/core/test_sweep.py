@@ -6,7 +6,7 @@ import torch
 
 from llmcompress.core.grid import QuantGrid
 from llmcompress.core.sparsity import Sparsity
-from llmcompress.core.sweep import _reverse, factorise, sweep, sweep_reference
+from llmcompress.core.sweep import factorise, sweep, sweep_reference
 from llmcompress.core.targets import Mask, Round
 from llmcompress.errors import UserError
 
@@ -112,26 +112,6 @@ def test_loss_is_the_norm_of_the_error_times_the_factor():
     assert torch.equal(factor.V, factor.V.triu())
 
 
-@pytest.mark.parametrize("tokens", [600, 20], ids=["definite", "rank-deficient"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_factor_in_the_memory_of_the_gram_matrix_is_the_same(tokens, dtype):
-    _, H = problem(tokens=tokens)
-    apart = factorise(H, 1e-9, dtype)
-    given = H.clone()
-    inside = factorise(given, 1e-9, dtype, overwrite=True)
-    assert torch.equal(inside.V, apart.V)
-    assert inside.damping == apart.damping
-    assert (inside.V.data_ptr() == given.data_ptr()) == (dtype == torch.float32)
-    damped = H + apart.ridge * torch.eye(COLUMNS)
-    assert torch.allclose(apart.V @ apart.V.T, damped, atol=1e-4 * float(H.diagonal().mean()))
-
-
-@pytest.mark.parametrize("columns", [129, 512, 515, 1100])
-def test_entries_in_the_opposite_order_are_both_axes_reversed(columns):
-    matrix = torch.randn(columns, columns)
-    assert torch.equal(_reverse(matrix.clone(), chunk=1000), matrix.flip(0, 1))
-
-
 @pytest.mark.parametrize(
     ("sparsity", "grid"), [("2:4", None), ("0.5", "int4-g96"), (None, "int8"), ("3:6", "int4-g24")]
 )
@@ -145,6 +125,27 @@ def test_sweep_in_place_is_the_same_over_many_blocks(sparsity, grid):
     again = sweep(given, factor, *targets_of(W, factor, sparsity, grid), out=given)
     assert again is given
     assert torch.equal(given, Q)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "grid", "options"),
+    [("2:4", None, {}), ("2:4", "int4-g32", {}), (None, "int4-g32-asym", {}), (None, "int8", {}), ("0.5", "int4", {}),
+     (None, "int4-g32", {"level_of": torch.arange(COLUMNS - 1, -1, -1) // 32})],
+)  # fmt: skip
+def test_rows_taken_in_parts_are_decided_as_all_at_once(sparsity, grid, options, monkeypatch):
+    W, H = problem()
+    factor = factorise(H)
+    expected = targets_of(W, factor, sparsity, grid, **options)
+    Q = sweep_reference(W, factor, [t for t in expected if t is not None])
+    monkeypatch.setattr("llmcompress.core.sweep.PART_ENTRIES", 0)
+    monkeypatch.setattr("llmcompress.core.sweep.PART_ROWS", 32)  # 32, 32 and 6 rows
+    found = targets_of(W, factor, sparsity, grid, **options)
+    rows_alike = ((sweep(W, factor, *found) - Q).abs() < 1e-4).all(1)  # as above
+    assert rows_alike.float().mean() > 0.9
+    if sparsity:
+        assert torch.equal(found[0].keep[rows_alike], expected[0].keep[rows_alike])
+    if grid:
+        torch.testing.assert_close(found[1].levels.scale[rows_alike], expected[1].levels.scale[rows_alike])
 
 
 def test_sweep_with_diagonal_gram_is_rounding():
@@ -275,25 +276,6 @@ def test_degenerate_inputs_give_finite_results(kind):
         assert torch.isfinite(Q).all()
         assert loss(Q, W, H) <= 1.01 * loss(torch.zeros_like(W), W, H) + 1e-3
     assert torch.equal(factor.dead, H.diagonal() == 0)
-
-
-def test_damping_is_raised_until_the_factorisation_succeeds_and_reported():
-    H = torch.eye(16)
-    H[0, 1] = H[1, 0] = 1.5  # eigenvalue −0.5
-    factor = factorise(H, 0.01)
-    assert factor.damping == pytest.approx(1.0)
-    assert torch.allclose(factor.V @ factor.V.T, H + factor.ridge * torch.eye(16), atol=1e-5)
-
-
-def test_double_precision_factors_what_single_cannot():
-    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).double()
-    H = (x.T @ x).float()
-    assert factorise(H, 1e-7, torch.float64).damping < factorise(H, 1e-7).damping or factorise(H, 1e-7).damping == 1e-7
-
-
-def test_infinite_statistics_are_refused():
-    with pytest.raises(UserError, match="NaN or infinite"):
-        factorise(torch.full((4, 4), torch.nan))
 
 
 def test_quantization_groups_must_not_cut_sparsity_groups():
