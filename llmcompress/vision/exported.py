@@ -10,6 +10,9 @@ Both hold the codes, and say with operations of their own what they mean:
 | static inputs, int | divide, round, clamp, multiply   | QuantizeLinear, DequantizeLinear: runtimes multiply int8   |
 | other inputs  | the operations that round them        | the same                                                   |
 
+onnxruntime multiplies integers where the next layer rounds the output of a convolution at once; what is added to
+something first, as at the end of a residual block, it multiplies in float32.
+
 A code that lies between two values may fall to the other side where operations come in another order, so that what
 rounds its inputs is equal up to `ROUNDED`, all else up to `EXACT`. Both take any number of images."""
 
