@@ -2,11 +2,13 @@
 
 The latency of a choice is that of its layers, as measured one by one at the sizes chosen, and of all between them
 (sums, pooling, Python), which is taken for a line in the number of entries that layers put out, through the dense
-network and the thinnest one. What is chosen is then measured as a network; if it is off, the budget moves as much."""
+network and the thinnest one. What is chosen is then measured as a network; if it is off, the budget moves as much, and
+then by halves between what was too slow and what was too fast."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +26,7 @@ from llmcompress.vision.latency import LatencyTable, Shape, layer_calls
 #: sizes that a space may take, at most
 SIZES = 8
 #: knapsacks until the measured latency is near enough, and how near that is, as a share of the target
-TRIES, NEAR, PROMISED = 5, 0.04, 0.10
+TRIES, NEAR, PROMISED = 8, 0.04, 0.10
 
 
 def lowest(spaces: Sequence[Space], scores: Sequence[Tensor], kept: Sequence[int]) -> Tensor:
@@ -99,14 +101,16 @@ class LatencyBudget:
             module, graph, spaces, sizes, (thinnest, least * seconds), (whole, measured(whole)[1] * seconds)
         )
         budget, tried = share * seconds, dict[tuple[int, ...], float]()
+        low, high = 0.0, math.inf
         for _ in range(TRIES):
             choice = knapsack(worth, cost, budget)
-            if choice is None or tuple(choice) in tried:
+            if choice is None:
                 break
             tried[tuple(choice)] = found = measured(choice)[1]
             if abs(found / share - 1) <= NEAR:
                 break
-            budget *= share / found
+            low, high = (budget, high) if found < share else (low, budget)
+            budget = math.sqrt(low * high) if 0 < low < high < math.inf else budget * share / found
         if not tried:
             raise UserError(
                 f"the network cannot be made that fast: at its thinnest it takes {least:.0%} of the dense latency",
