@@ -116,8 +116,7 @@ class LatencyBudget:
                 f"the network cannot be made that fast: at its thinnest it takes {least:.0%} of the dense latency",
                 "channels.ratio", "ask for less, or set a smaller channels.multiple",
             )  # fmt: skip
-        fits = [choice for choice in tried if tried[choice] <= share * (1 + NEAR)]
-        best = max(fits, key=tried.__getitem__) if fits else min(tried, key=tried.__getitem__)
+        best = min(tried, key=lambda choice: abs(tried[choice] - share))
         self._report(seconds, share, cost.of(best) / seconds, tried[best], least)
         return [n[k] for n, k in zip(sizes, best, strict=True)]
 
