@@ -27,7 +27,7 @@ from llmcompress.hidden_states import kept_bytes
 from llmcompress.identity import differences, hashed_files, identity
 from llmcompress.keeper import Keeper, follow
 from llmcompress.key_values import key_value_scales
-from llmcompress.measure import Phases, peak_memory_bytes, versions
+from llmcompress.measure import Phases, peak_memory_bytes, release_file_pages, versions
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.needs import samples_needed, warm_up
@@ -118,6 +118,7 @@ class Run:
             tokens, eval_tokens = work.tokens(lambda: draw_tokens(self.source, samples, self.progress))
         with self.phases("kernels"), self.progress.phase("preparing kernels", 1):
             warm_up(walked, min(columns for _, columns in shapes.values()))
+        release_file_pages()  # the compiler, and what importing went through
         assert tokens is not None
         return self._write(dense, tokens, eval_tokens, work, kept)
 
