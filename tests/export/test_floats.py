@@ -146,7 +146,7 @@ def test_four_bit_floats_take_their_bits_and_a_byte_a_group() -> None:
 
 
 @pytest.mark.parametrize("stage", [
-    {"method": "gptq", "weights": "fp8"},
+    {"method": "gptq", "weights": "nvfp4"},
     {"method": "rtn", "weights": "nvfp4", "activations": "int8"},
     {"method": "rtn", "weights": "int8", "activations": "fp8"},
     {"method": "rtn", "weights": "nvfp4-g32"},
