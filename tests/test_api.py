@@ -17,11 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmcompress import Recipe, api, compress, load, run
+from llmcompress import Recipe, api, compress, load
 from llmcompress.evaluate.stream import rounded_activations
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.report import Report
+from llmcompress.sampling import self_samples
 from llmcompress.suspend import gates
 from tests.architectures import tiny_folder
 
@@ -352,13 +353,13 @@ def test_the_model_writes_no_more_rows_than_the_recipe_reads(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, rows: int
 ) -> None:
     asked: list[int] = []
-    write = run.self_samples
+    write = self_samples
 
     def count(folder: Path, wanted: list[tuple[int, int, int]], **given: Any) -> list[Tensor]:
         asked.extend(number for number, _, _ in wanted)
         return write(folder, wanted, **given)
 
-    monkeypatch.setattr(run, "self_samples", count)
+    monkeypatch.setattr("llmcompress.source.self_samples", count)
     report = compress(checkpoint, recipe, tmp_path / "out", options(samples=40))
     assert asked == [rows]
     assert report.calibration["samples"] == rows

@@ -260,7 +260,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_calibration(
 def test_texts_without_enough_tokens_are_refused_before_the_model_writes_any(
     refusal: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr("llmcompress.run.self_samples", None)  # is not reached
+    monkeypatch.setattr("llmcompress.source.self_samples", None)  # is not reached
     for name, content, line in [
         ("none.txt", "", "none.txt: is empty: 0 tokens"),
         ("short.txt", "w1 w2 w3", "short.txt: 3 tokens, but"),
