@@ -323,8 +323,10 @@ def test_config_refuses_unknown_matrices_and_an_empty_set():
 
 
 def test_schemes_of_foreign_checkpoints_are_refused_in_one_line():
-    with pytest.raises(UserError, match="gptq"):
-        schemes_of({"quant_method": "gptq"}, ["a"])
+    with pytest.raises(UserError, match="awq"):
+        schemes_of({"quant_method": "awq"}, ["a"])
+    with pytest.raises(UserError, match="unreadable"):
+        schemes_of({"quant_method": "gptq"}, ["a"])  # says nothing of bits
     config = quantization_config({"a": SCHEMES["w8a8"]}, ["a"])
     config["config_groups"]["group_0"]["format"] = config["format"] = "marlin-24"
     with pytest.raises(UserError, match="marlin-24"):
