@@ -13,6 +13,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 TORCH_ARGS ?=
 ARGS ?=
+# how many processes share the tests
+WORKERS ?= 2
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -36,7 +38,7 @@ demo: setup
 	$(BIN)/python -m llmcompress --model llama --force $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # The tests open the pages in Chromium, and skip that where there is none. Installed only as root, by apt.
 browser:

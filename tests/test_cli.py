@@ -238,7 +238,7 @@ CHECKPOINTS: list[tuple[Callable[[Weights], object] | None, dict[str, object], s
 ]
 
 
-@pytest.mark.parametrize(("change", "config", "line"), CHECKPOINTS, ids=lambda value: str(value)[-30:])
+@pytest.mark.parametrize(("change", "config", "line"), CHECKPOINTS, ids=[line[-30:] for *_, line in CHECKPOINTS])
 @pytest.mark.parametrize("calibration", ["self"])
 def test_a_checkpoint_that_does_not_fit_is_refused_before_calibration(
     refusal: Callable[..., str],
