@@ -107,15 +107,14 @@ def copy_rest(model: BlockwiseModel, writer: CheckpointWriter) -> None:
         writer.add(tensors)
 
 
-def copy_model(model: BlockwiseModel, writer: CheckpointWriter) -> list[BlockReport]:
-    """Writes the model as it is; returns what its blocks consist of."""
+def copy_blocks(model: BlockwiseModel, writer: CheckpointWriter) -> list[BlockReport]:
+    """Writes the blocks as they are; returns what they consist of."""
     reports = []
     bits: float = 8 * model.checkpoint.dtype.itemsize
     for index, block in enumerate(model.blocks):
         writer.add(model.checkpoint.read(model.block_sources(index)))
         views = [MatrixView(f"{block.name}.{n}", m) for n, m in block.module.named_modules() if is_matrix(m)]
         reports.append(BlockReport(block.name, matrices=[MatrixReport(v.name, v.shape, 0.0, bits) for v in views]))
-    copy_rest(model, writer)
     return reports
 
 

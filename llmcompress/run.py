@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,11 +40,14 @@ from llmcompress.recompress import Recompression
 from llmcompress.record import new_record, small_files
 from llmcompress.recover import recover
 from llmcompress.report import Report
-from llmcompress.restructure import copy_model, copy_rest, hidden_bytes, removable, restructure
+from llmcompress.restructure import copy_blocks, copy_rest, hidden_bytes, removable, restructure
 from llmcompress.resume import KeptBlock, Workplace, folder_of
 from llmcompress.savings import savings
 from llmcompress.source import HELD_OUT_SEED, Source, draw_tokens
 from llmcompress.walk import Walk
+
+if TYPE_CHECKING:
+    from llmcompress.pages.report_page import ReportPage
 
 
 class Run:
@@ -131,6 +135,9 @@ class Run:
         with CheckpointWriter(work.output, work.force, source.folder, folder=work.model, finished=finished) as writer:
             start = self._starting_point(dense, tokens, work, report)
             schemes = self._walk(start, tokens, writer, work, kept, report)
+            page = self._drawn(report, work)
+            with self.phases("write"):
+                copy_rest(start, writer)
             if self.recipe.kv_cache:
                 with self.phases("kv cache"):
                     writer.add(key_value_scales(start.twin(), tokens))
@@ -146,15 +153,26 @@ class Run:
             if eval_tokens is not None:
                 self._evaluate(dense, Checkpoint(writer.partial), eval_tokens, report)
             with self.phases("page"):
-                from llmcompress.pages.report_page import ReportPage, Result  # plots are not loaded before
-
-                page = ReportPage(Result(work.output_name, report, self.recipe.to_yaml(), work.command))
+                html = page.result().html
             report.seconds_by_phase, report.seconds = self.phases.seconds, self.phases.total
             report.peak_memory_bytes = peak_memory_bytes(source.device)
             report.output = work.output_name
             card = model_card(report, self.recipe.to_yaml(), source.name, source.folder)
-            writer.publish({"report.json": report.to_json() + "\n", "report.html": page.html(), "README.md": card})
+            writer.publish({"report.json": report.to_json() + "\n", "report.html": html(), "README.md": card})
         return report
+
+    def _drawn(self, report: Report, work: Workplace) -> Future[ReportPage]:
+        """The page of the walk's figures, drawn while the rest is written and judged."""
+
+        def draw() -> ReportPage:
+            from llmcompress.pages.report_page import ReportPage, Result  # plots are not loaded before
+
+            return ReportPage(Result(work.output_name, report, self.recipe.to_yaml(), work.command))
+
+        aside = ThreadPoolExecutor(1, "page")
+        page = aside.submit(draw)
+        aside.shutdown(wait=False)
+        return page
 
     def _identity(self) -> dict[str, Any]:
         source = self.source
@@ -218,15 +236,13 @@ class Run:
     ) -> dict[str, Scheme]:  # fmt: skip
         if not self.recipe.blockwise.stages:
             with self.phases("write"):
-                report.blocks = copy_model(dense, writer)
+                report.blocks = copy_blocks(dense, writer)
             return {}
         recipe = self._searched(dense, tokens, work, report)
         walk = self._new_walk(dense, recipe, self.team.told(tokens), work)
         report.calibration["samples"] = walk.samples
         keeper = Keeper(walk, writer, work, self.phases)
         blocks = [*kept, *keeper.blocks(kept)]
-        with self.phases("write"):
-            copy_rest(dense, writer)
         schemes = {name: scheme for block in blocks for name, scheme in block.schemes.items()}
         report.blocks = [block.report for block in blocks]
         report.warnings += self._left_dense + [warning for block in blocks for warning in block.warnings]

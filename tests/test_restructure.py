@@ -217,7 +217,7 @@ def test_same_seed_same_bytes(kind: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "one", "two"]
 
 
-@pytest.mark.parametrize("broken", ["copy_model", "recover", "removal_error", "compare"])
+@pytest.mark.parametrize("broken", ["copy_blocks", "recover", "removal_error", "compare"])
 def test_a_failure_leaves_no_folder_that_looks_finished(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
