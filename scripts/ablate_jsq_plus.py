@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smooth_inside import smooth_inside
+
 from llmcompress.api import Options, compress
+from llmcompress.calibration import token_rows
+from llmcompress.model.locate import locate
 from llmcompress.recipe import Recipe
 
 PRUNE = {"method": "sparsegpt", "target": "dense", "refit": True, "grow": 3}
@@ -35,12 +40,13 @@ JSQ = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table; ``inside`` is the α of `smooth_inside` in front of the recipe, 0 for none of it."""
 
     pattern: str
     part: str
     change: str
     recipe: Recipe
+    inside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,28 +55,36 @@ class Pattern:
 
     name: str
     sparsity: float | str
+    bits: dict[str, Any] = field(default_factory=dict)
 
     @property
     def prune(self) -> dict[str, Any]:
         """The whole recipe's prune stage."""
         return PRUNE if isinstance(self.sparsity, str) else PRUNE | {"ramp": RAMP}
 
-    def row(self, part: str, change: str, *steps: dict[str, Any], propagate: str = "compressed") -> Row:
+    def row(
+        self, part: str, change: str, *steps: dict[str, Any], propagate: str = "compressed", inside: float = 0.0
+    ) -> Row:
         """A recipe of a prune, a smooth and a quantize stage."""
-        steps = ({"sparsity": self.sparsity} | steps[0], *steps[1:])
+        steps = ({"sparsity": self.sparsity} | steps[0], steps[1], steps[2] | self.bits)
         stages = [{kind: step} for kind, step in zip(("prune", "smooth", "quantize"), steps, strict=True)]
         recipe = Recipe.from_tree({"stages": stages, "propagate": propagate}, "jsq-plus-ablation")
-        return Row(self.name, part, change, recipe)
+        return Row(self.name, part, change, recipe, inside)
 
     def rows(self) -> Iterator[Row]:
-        """All of them."""
+        """All of them; where fewer bits are asked for, what they may make a difference to."""
+        if self.bits:
+            yield self.row("whole", "jsq-plus", self.prune, SMOOTH, ROUND)
+            yield from inside(self)
+            return
         for mode in ("compressed", "pruned", "block") if "ramp" in self.prune else ("compressed",):
             yield self.row("JSQ", f"propagate: {mode}", *JSQ, propagate=mode)
         yield from added(self)
         yield from removed(self)
 
 
-PATTERNS = (Pattern("50 %", 0.5), Pattern("2:4", "2:4"))
+SIX = {"weights": "int6", "activations": "int6"}
+PATTERNS = (Pattern("50 %", 0.5), Pattern("2:4", "2:4"), Pattern("W6A6 + 50 %", 0.5, SIX))
 
 
 def added(pattern: Pattern) -> Iterator[Row]:
@@ -102,14 +116,26 @@ def removed(pattern: Pattern) -> Iterator[Row]:
     yield pattern.row("changed", "three times the drop and grow", whole | {"grow": 9}, SMOOTH, ROUND)
     for score, name in ((JSQ[0], "JSQ's"), ({"method": "wanda"}, "Wanda's")):
         yield pattern.row("changed", f"{name} mask, refitted, no drop and grow", score, SMOOTH, ROUND | {"refit": True})
+    yield from inside(pattern)
     if "ramp" in whole:
         yield pattern.row("removed", "no ramp", without, SMOOTH, ROUND)
         yield pattern.row("changed", "twice the ramp", whole | {"ramp": 2 * RAMP}, SMOOTH, ROUND)
 
 
+def inside(pattern: Pattern) -> Iterator[Row]:
+    """Smoothing of what no norm stands in front of."""
+    for alpha in (0.5, 0.8):
+        name = f"o_proj and down_proj smoothed too, α {alpha}"
+        yield pattern.row("changed", name, pattern.prune, SMOOTH, ROUND, inside=alpha)
+
+
 def measure(row: Row, model: str, options: Options) -> dict[str, Any]:
     """Perplexity and KL of one row, and how long it took."""
     with tempfile.TemporaryDirectory() as folder:
+        if row.inside:
+            dense, model = locate(model), str(Path(folder) / "smoothed")
+            shutil.copytree(dense, model)
+            smooth_inside(dense, token_rows(options.calibration_rows, dense), Path(model), row.inside)
         report = compress(model, row.recipe, Path(folder) / "out", options)
     return {
         "perplexity": report.perplexity["after"],
@@ -129,7 +155,7 @@ def markdown(records: list[dict[str, Any]]) -> str:
     lines = [
         "# Ablation of jsq-plus",
         "",
-        f"{settings['model']}, W8A8, calibrated on {settings['calibration']}, judged on",
+        f"{settings['model']}, W8A8 where nothing else is said, calibrated on {settings['calibration']}, judged on",
     ]
     lines += [f"{settings['eval_text']}; one seed. Made by `scripts/ablate_jsq_plus.py`, which resumes.", ""]
     for pattern in (p for p in PATTERNS if any(r["pattern"] == p.name for r in records)):
@@ -162,6 +188,7 @@ def main() -> None:
         key = {"pattern": row.pattern, "part": row.part, "change": row.change, "settings": settings}
         key["recipe"] = row.recipe.to_tree()["stages"]
         key["propagate"] = row.recipe.propagate
+        key |= {"inside": row.inside} if row.inside else {}
         found = next((r for r in known if r | key == r), None)
         records.append(found or key | measure(row, args.model, options))
         print(row.pattern, row.part, row.change, records[-1]["perplexity"], records[-1]["kl"], flush=True)
