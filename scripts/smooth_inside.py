@@ -1,4 +1,4 @@
-"""A copy of a Llama checkpoint that computes the same, smoothed where SmoothQuant has no norm to fold into: the inputs of
+"""A copy of a Llama checkpoint that computes the same, smoothed where SmoothQuant has no norm to fold into: inputs of
 o_proj are divided channel by channel in the rows of v_proj, those of down_proj in the rows of up_proj.
 
 What `ablate_jsq_plus.py` tries in front of a recipe. Scales are SmoothQuant's, s = max|x|^α / max|w|^(1 − α); the query
@@ -45,7 +45,9 @@ def smooth_inside(folder: str | Path, tokens: Tensor, target: Path, alpha: float
     model.save_pretrained(target)
 
 
-def _divide(source: nn.Linear, reader: nn.Linear, absmax: Tensor, alpha: float, shared: int = 1, width: int = 1) -> None:
+def _divide(
+    source: nn.Linear, reader: nn.Linear, absmax: Tensor, alpha: float, shared: int = 1, width: int = 1
+) -> None:
     """Moves scales from the rows of ``source`` to the columns of ``reader``, ``shared`` heads of ``width`` at once."""
 
     def of_source(columns: Tensor) -> Tensor:
