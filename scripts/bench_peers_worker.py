@@ -123,9 +123,8 @@ def memory(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def main() -> None:
+def main(job: dict[str, Any]) -> None:
     """Runs the job and writes its figures."""
-    job = JOB
     torch.set_num_threads(job["threads"])
     run = PROGRAMS[job["program"]](job)
     imported = memory("VmRSS")
@@ -146,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(JOB)
