@@ -157,6 +157,8 @@ class Walk:
                     model.release_block(index)
                 del finished, found
                 release_freed_memory()
+            for lane in lanes:  # here: one thread cannot end what waits in another
+                lane.probe.abandon()
 
     def _seen(self, rows: list[Tensor]) -> Tensor:
         """Some rows of all processes."""

@@ -66,6 +66,17 @@ def test_every_matrix_multiplies_every_token_once_but_the_last_which_nobody_wait
     assert "model.layers.1.mlp.down_proj" not in seen
 
 
+@pytest.mark.parametrize("propagate", ["compressed", "block", "pruned", "dense"])
+@pytest.mark.parametrize("replay", [False, True])
+def test_no_forward_waits_when_the_walk_has_ended(replay: bool, propagate: str, tmp_path: Path) -> None:
+    """One that did would keep what it holds, until the thread that began it looks after it."""
+    recipe = Recipe.from_tree(JOINT | {"propagate": propagate}, "test")
+    steps = Walk(BlockwiseModel(Checkpoint(tiny_folder(tmp_path)), torch.float32), recipe, TOKENS, replay=replay)
+    list(steps.run())
+    assert len(steps.lanes[0].everyone) > 1
+    assert all(forward.done for lane in steps.lanes for forward in lane.everyone)
+
+
 def test_each_group_is_calibrated_on_its_compressed_predecessors(tmp_path: Path) -> None:
     """Wanda's mask of the last matrix, computed directly on a model whose other matrices are compressed already."""
     tree = {"stages": [{"prune": {"method": "wanda", "sparsity": 0.5}}]}
