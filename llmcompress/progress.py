@@ -151,7 +151,9 @@ def _short(block: str) -> str:
 
 
 def seconds_text(value: float) -> str:
-    """``9.5 s``, ``12 s``, ``3 min`` or ``2.1 h``."""
+    """``9.5 s``, ``12 s``, ``2.5 min``, ``13 min`` or ``2.1 h``."""
     if value < 120:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
-    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+    if value < 7200:
+        return f"{value / 60:.1f} min" if value < 600 else f"{value / 60:.0f} min"
+    return f"{value / 3600:.1f} h"

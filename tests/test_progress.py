@@ -62,3 +62,11 @@ def test_a_failing_run_closes_its_bar() -> None:
         progress.begin_block("h.0")
         raise KeyError
     assert stream.getvalue().endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (119.4, "119 s"), (278, "4.6 min"), (1500, "25 min"), (7560, "2.1 h")],
+)
+def test_a_duration_is_told_in_the_unit_that_suits_it(seconds: float, text: str) -> None:
+    assert progress_module.seconds_text(seconds) == text

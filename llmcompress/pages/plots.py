@@ -19,8 +19,8 @@ from llmcompress.report import GroupReport, Report
 
 #: pictures of one sort on a page, points of a curve, and lines of a plot: of more, some that are evenly spread
 PICTURES, POINTS, LINES = 8, 400, 100
-#: letters of a title
-TITLE = 20
+#: letters of a title, and labels of an axis of choices
+TITLE, LABELS = 20, 7
 #: of a scale of peaks over their median, from 0.5 to at least the third of them
 TICKS = [sign * 10**power for power in range(6) for sign in (1, 3)]
 #: a decision's figures: key of the errors, key of what was chosen, its name
@@ -151,7 +151,8 @@ def _choice(axis: Axes, errors: dict[str, float | None], taken: str) -> None:
     base = next(iter(known.values()), 0.0) or 1.0
     change = [100 * (e / base - 1) for e in known.values()]
     places = range(len(known))
-    axis.set_xticks(places, [name[:TITLE] for name in known])
+    labelled = places[:: -(-len(known) // LABELS)]
+    axis.set_xticks(labelled, [list(known)[place][:TITLE] for place in labelled])
     axis.plot(places, change, color=SERIES[0], linewidth=0.9, alpha=0.6)
     if taken in known:
         at = list(known).index(taken)
