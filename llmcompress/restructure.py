@@ -95,16 +95,19 @@ def restructure(
 
 
 def copy_rest(model: BlockwiseModel, writer: CheckpointWriter) -> None:
-    """Writes every tensor outside the blocks as it is.
+    """Writes every tensor outside the blocks as it is, in the background; the writer's next calls raise a UserError if
+    one holds a NaN or an infinity."""
+    checkpoint = model.checkpoint
+    for names in checkpoint.in_chunks(model.rest_sources()):
+        nbytes = sum(checkpoint.tensors[name].nbytes for name in names)
+        writer.add_unread(names, nbytes, partial(_read_finite, checkpoint, names))
 
-    Raises:
-        UserError: one holds a NaN or an infinity.
-    """
-    for names in model.checkpoint.in_chunks(model.rest_sources()):
-        tensors = model.checkpoint.read(names)
-        for name, tensor in tensors.items():
-            require_finite(name, tensor)
-        writer.add(tensors)
+
+def _read_finite(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
+    tensors = checkpoint.read(names)
+    for name, tensor in tensors.items():
+        require_finite(name, tensor)
+    return tensors
 
 
 def copy_blocks(model: BlockwiseModel, writer: CheckpointWriter) -> list[BlockReport]:

@@ -7,6 +7,7 @@ any moment and writes the bytes it would have written.
     smaller, recovered  checkpoints of a structured step and of the training after it, with smaller.json, recovered.json
     annealing.json      moves of a search
     model               the folder that gets the final name at the end
+    rest.json           shards of what lies outside the blocks
     entering-00004      what block 3 returned to every forward, with which block 4 goes on
     blocks/00003.json   report, schemes, warnings and shards of a block: written last of all that belongs to it
 
@@ -29,8 +30,8 @@ from torch import Tensor
 
 from llmcompress.core.grid import QuantGrid
 from llmcompress.errors import Fault, UserError
-from llmcompress.export.checkpoint import REPLACED, Shard, is_full_disk
-from llmcompress.export.destination import remove_empty, sync
+from llmcompress.export.checkpoint import REPLACED, Shard
+from llmcompress.export.destination import is_full_disk, remove_empty, sync
 from llmcompress.export.quantized import Scheme
 from llmcompress.hidden_states import StoredValues, save_value
 from llmcompress.identity import differences
@@ -192,6 +193,14 @@ class Workplace:
             if folder != self._entering(len(found)):
                 shutil.rmtree(folder)
         return found
+
+    def finished_rest(self) -> list[Shard]:
+        """The shards of what lies outside the blocks; none if they are not all written."""
+        return [Shard(**shard) for shard in self.kept("rest.json") or ()]
+
+    def keep_rest(self, shards: Sequence[Shard]) -> None:
+        """Notes that what lies outside the blocks is on disk."""
+        self.keep("rest.json", [asdict(shard) for shard in shards])
 
     def save_returned(self, index: int, lane: int, number: int, value: object, rank: int = 0) -> None:
         """Writes what the block before block ``index`` returned to a forward of a lane of a process."""

@@ -20,7 +20,7 @@ from llmcompress.distributed import Team
 from llmcompress.errors import UserError
 from llmcompress.evaluate.stream import compare
 from llmcompress.export.card import model_card
-from llmcompress.export.checkpoint import CheckpointWriter
+from llmcompress.export.checkpoint import CheckpointWriter, Shard
 from llmcompress.export.companions import COMPANIONS, REMOTE_CODE, companions
 from llmcompress.export.destination import RECORD, check_disk_space, sync
 from llmcompress.export.quantized import Scheme, storage_note
@@ -117,7 +117,7 @@ class Run:
         kept = work.finished_blocks()
         needed = estimate_size(dense, walked) + hidden_bytes(self.recipe, dense, self.options.recover_steps)
         needed += kept_bytes(dense, samples * self.options.length)
-        check_disk_space(work.output, needed - sum(shard.nbytes for block in kept for shard in block.shards))
+        check_disk_space(work.output, needed - sum(shard.nbytes for shard in _finished_shards(work, kept)))
         with self.phases("calibration"):
             tokens, eval_tokens = work.tokens(lambda: draw_tokens(self.source, samples, self.progress))
         with self.phases("kernels"), self.progress.phase("preparing kernels", 1):
@@ -131,13 +131,12 @@ class Run:
     ) -> Report:
         """Compresses block by block, and publishes the folder once it has been read back and judged."""
         source, report = self.source, self._new_report(eval_tokens)
-        finished = [shard for block in kept for shard in block.shards]
+        finished = _finished_shards(work, kept)
         with CheckpointWriter(work.output, work.force, source.folder, folder=work.model, finished=finished) as writer:
             start = self._starting_point(dense, tokens, work, report)
+            _copy_rest_once(start, writer, work)
             schemes = self._walk(start, tokens, writer, work, kept, report)
             page = self._drawn(report, work)
-            with self.phases("write"):
-                copy_rest(start, writer)
             if self.recipe.kv_cache:
                 with self.phases("kv cache"):
                     writer.add(key_value_scales(start.twin(), tokens))
@@ -284,3 +283,17 @@ class Run:
             evaluation=judged,
             determinism=determinism(self.recipe, self.source.device, torch.get_num_threads(), self.team.size),
         )
+
+
+def _finished_shards(work: Workplace, kept: list[KeptBlock]) -> list[Shard]:
+    """What an earlier process wrote, in the order of writing."""
+    return work.finished_rest() + [shard for block in kept for shard in block.shards]
+
+
+def _copy_rest_once(model: BlockwiseModel, writer: CheckpointWriter, work: Workplace) -> None:
+    """What lies outside the blocks, copied while the first of them is compressed, if no earlier process did."""
+    if work.finished_rest():
+        return
+    first = writer.number_of_shards
+    copy_rest(model, writer)
+    writer.then(lambda: work.keep_rest(writer.shards[first:]))

@@ -322,14 +322,14 @@ def test_too_small_a_disk_is_refused_before_calibration(
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """The second shard cannot be written."""
+    """The third shard, the second block's, cannot be written."""
     from llmcompress.export import checkpoint as module
 
     calls: list[object] = []
 
     def save(*arguments: object) -> None:
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise error
         save_file(*arguments)  # type: ignore[arg-type]
 

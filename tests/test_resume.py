@@ -175,6 +175,7 @@ def test_finished_blocks_are_not_solved_again(source: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(Walk, "_serve", note)
     monkeypatch.setattr("llmcompress.run.draw_tokens", None)  # nor are the rows drawn again
+    monkeypatch.setattr("llmcompress.run.copy_rest", None)  # nor what lies outside the blocks copied
     report = compress(*arguments, resume=True)
     assert served and all(name.startswith("model.layers.2.") for name in served)
     assert [block.name for block in report.blocks] == [f"model.layers.{i}" for i in range(3)]

@@ -8,24 +8,22 @@ finished once it is forced to disk; a writer can begin with the finished shards 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import UserError
 from llmcompress.export.companions import COMPANIONS, companions
-from llmcompress.export.destination import check_output, remove_abandoned, remove_empty, sha256, sync
+from llmcompress.export.destination import check_output, is_full_disk, remove_abandoned, remove_empty, sha256, sync
 
 SHARD_BYTES = 5_000_000_000
 """A larger ``add`` is split: the size hubs and loaders are used to."""
@@ -135,19 +133,25 @@ class CheckpointWriter:
         Raises:
             ValueError: a name was added before, or the folder is sealed.
         """
-        if self._sealed:
-            raise ValueError("the folder is sealed")
-        repeated = sorted(self._names & tensors.keys())
-        if repeated:
-            raise ValueError(f"tensor {repeated[0]} was already written")
+        self._require_new(tensors.keys())
         for names in _split(tensors, self.shard_bytes):
             self._await_writing()
-            path = self.partial / _temporary(len(self._shards))
-            nbytes = sum(tensors[name].nbytes for name in names)
-            self._later(partial(self._write_shard, path, _plain(tensors, names), nbytes))
-            self._shards.append(names)
-            self._names.update(names)
-            self.total_bytes += nbytes
+            plain = _plain(tensors, names)
+            self._append(names, sum(tensors[name].nbytes for name in names), partial(dict, plain))
+
+    def add_unread(self, names: Sequence[str], nbytes: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Writes one shard whose tensors are read in the background too, when all before it are written.
+
+        Args:
+            names: of the tensors that ``read`` returns.
+            nbytes: of them all.
+            read: its errors are raised by the next call of a method.
+
+        Raises:
+            ValueError: a name was added before, or the folder is sealed.
+        """
+        self._require_new(names)
+        self._append(list(names), nbytes, lambda: _plain(read(), names))
 
     @property
     def number_of_shards(self) -> int:
@@ -203,6 +207,20 @@ class CheckpointWriter:
         """``seal`` and ``publish`` at once."""
         self.seal(files, copy_from, copy)
         self.publish()
+
+    def _require_new(self, names: Collection[str]) -> None:
+        if self._sealed:
+            raise ValueError("the folder is sealed")
+        repeated = sorted(self._names.intersection(names))
+        if repeated:
+            raise ValueError(f"tensor {repeated[0]} was already written")
+
+    def _append(self, names: list[str], nbytes: int, read: Callable[[], dict[str, Tensor]]) -> None:
+        path = self.partial / _temporary(len(self._shards))
+        self._later(lambda: self._write_shard(path, read(), nbytes))
+        self._shards.append(names)
+        self._names.update(names)
+        self.total_bytes += nbytes
 
     def _later(self, job: Callable[[], None]) -> None:
         """In the background, after what was submitted before, and not at all if any of that failed."""
@@ -274,13 +292,6 @@ class CheckpointWriter:
         sync(self.output.parent)
         if replacing:
             shutil.rmtree(old)
-
-
-def is_full_disk(error: BaseException | None) -> bool:
-    """Whether that is what an error tells; the safetensors library tells the system's errors in words only."""
-    if isinstance(error, SafetensorError):
-        return f"os error {errno.ENOSPC}" in str(error)
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _temporary(index: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -9,6 +10,8 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from llmcompress.errors import UserError
 from llmcompress.table import bytes_text
@@ -82,6 +85,13 @@ def check_disk_space(path: Path, needed_bytes: int) -> None:
             str(path),
             "free some space or choose another --output",
         )
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether that is what an error tells; the safetensors library tells the system's errors in words only."""
+    if isinstance(error, SafetensorError):
+        return f"os error {errno.ENOSPC}" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _check_replaceable(output: Path, force: bool) -> None:

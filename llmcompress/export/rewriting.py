@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import UserError
-from llmcompress.export.checkpoint import is_full_disk
-from llmcompress.export.destination import check_output, remove_abandoned
+from llmcompress.export.destination import check_output, is_full_disk, remove_abandoned
 from llmcompress.measure import versions
 
 #: of a record: the layout that the folder was converted to

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -101,6 +102,35 @@ def test_what_was_added_is_on_disk_before_the_next_is_written(tmp_path):
             writer.add({f"t{count}": torch.zeros(4)})
             before = [load_file(writer.partial / f"shard-{i:05d}.safetensors") for i in range(count - 1)]
             assert [list(tensors) for tensors in before] == [[f"t{i}"] for i in range(1, count)]
+
+
+def test_what_is_read_in_the_background_is_waited_for_only_by_what_follows(tmp_path):
+    may_read = threading.Event()
+
+    def read() -> dict[str, torch.Tensor]:
+        assert may_read.wait(60)
+        return {"a": torch.ones(4)}
+
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.add_unread(["a"], 16, read)
+        assert (writer.number_of_shards, writer.total_bytes, writer.shards) == (1, 16, [])
+        with pytest.raises(ValueError, match="tensor a was already written"):
+            writer.add({"a": torch.zeros(1)})
+        may_read.set()
+        writer.add({"b": torch.zeros(1)})
+        writer.finish(FILES)
+    assert [list(load_file(shard)) for shard in sorted((tmp_path / "out").glob("*.safetensors"))] == [["a"], ["b"]]
+
+
+def test_what_cannot_be_read_in_the_background_is_raised_by_the_next_call(tmp_path):
+    def read() -> dict[str, torch.Tensor]:
+        raise UserError("holds a NaN", "a", "mend it")
+
+    for then in (lambda w: w.add({"b": torch.zeros(1)}), lambda w: w.hashes, lambda w: w.finish(FILES), lambda w: None):
+        with pytest.raises(UserError, match="holds a NaN"), CheckpointWriter(tmp_path / "out") as writer:  # noqa: PT012
+            writer.add_unread(["a"], 4, read)
+            then(writer)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_what_went_wrong_in_the_background_is_raised_whichever_call_comes_next(tmp_path, monkeypatch):
