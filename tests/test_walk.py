@@ -261,6 +261,16 @@ def test_steps_that_need_no_statistics_are_given_only_the_rows_that_errors_are_m
     assert Walk(model, Recipe.from_tree(fixed, "t"), many).tokens.numel() == 2880
 
 
+def test_each_block_has_the_ratio_that_is_given_to_it(tmp_path: Path) -> None:
+    blocks = len(walk(tiny_folder(tmp_path), {"stages": [{"quantize": {"weights": "int8"}}]}))
+    ratios = [0.7, 0.3] + [0.5] * (blocks - 2)
+    stage = {"prune": {"method": "sparsegpt", "sparsity": 0.5, "ratios": ratios}}
+    finished = walk(tiny_folder(tmp_path), {"stages": [stage]})
+    for block, ratio in zip(finished, ratios, strict=True):
+        for matrix in block.report.matrices:
+            assert matrix.sparsity == pytest.approx(ratio, abs=1 / matrix.weights)
+
+
 def test_ramp_grows_over_the_blocks_and_keeps_the_model_total(tmp_path: Path) -> None:
     stage = {"prune": {"method": "sparsegpt", "sparsity": 0.5, "ramp": 0.2}}
     finished = walk(tiny_folder(tmp_path), {"stages": [stage]})

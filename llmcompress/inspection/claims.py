@@ -28,13 +28,13 @@ _REPORT, _RECIPE, _CARD = "report.json", "recipe.yaml", "README.md"
 def read_claims(record: Mapping[str, Any], recipe: Recipe | None, verdict: Verdict) -> dict[str, Claim]:
     """What the record says of each matrix; what cannot be understood is noted as wrong."""
     pattern = _pattern(record, verdict)
-    ramped = recipe is not None and any(getattr(m, "ramp", 0.0) for m in recipe.methods)
+    uneven = recipe is not None and any(getattr(m, "uneven", False) for m in recipe.methods)
     claims = {}
     matrices = record.get("matrices")
     for name, said in matrices.items() if isinstance(matrices, dict) else ():
         try:
             shape = tuple(int(extent) for extent in said["shape"])
-            each = pattern if pattern and (pattern.m or not ramped) else None
+            each = pattern if pattern and (pattern.m or not uneven) else None
             claims[name] = Claim(shape, int(said["zeros"]), float(said["bits"]), each)
         except (KeyError, TypeError, ValueError, OverflowError):
             verdict.fail("record", name, f"{RECORD} has no shape, zeros and bits of it")

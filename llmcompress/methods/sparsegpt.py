@@ -35,6 +35,7 @@ class SparseGPT(Method):
         target: whose outputs to meet: those of the weights on the compressed model's own inputs, or the dense model's.
         precision: of the factorisation.
         ramp: by how much the ratio grows from the first weights of the model to the last, at the same total.
+        ratios: one per block, the first block's first, in place of the sparsity, which is their mean.
     """
 
     sparsity: Sparsity
@@ -44,13 +45,17 @@ class SparseGPT(Method):
     target: Literal["compressed", "dense"] = "compressed"
     precision: Literal["float32", "float64"] = "float32"
     ramp: float = 0.0
+    ratios: tuple[float, ...] = ()
 
     stage = "prune"
 
     def __post_init__(self) -> None:
         if self.grow and not self.refit:
             raise UserError("zeros move by the residual of a refit", "prune.grow", "set refit: true")
+        if self.ramp and self.ratios:
+            raise UserError("both say how the ratio changes over the blocks", "prune.ramp and prune.ratios", "give one")
         self.sparsity.check_ramp(self.ramp)
+        self.sparsity.check_ratios(self.ratios)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -65,8 +70,19 @@ class SparseGPT(Method):
     def misfit(self, columns: int) -> str:
         return self.sparsity.misfit(columns)
 
+    @property
+    def uneven(self) -> bool:
+        """Whether blocks have ratios of their own."""
+        return bool(self.ramp or self.ratios)
+
+    def misfit_blocks(self, blocks: int) -> str:
+        wrong = self.ratios and len(self.ratios) != blocks
+        return f"{len(self.ratios)} sparsity ratios for {blocks} blocks" if wrong else ""
+
     def for_block(self, view: BlockView) -> SparseGPT:
         """With the ratio of its place in the model."""
+        if self.ratios:
+            return replace(self, sparsity=Sparsity(self.ratios[view.index]), ratios=())
         return replace(self, sparsity=self.sparsity.ramped(self.ramp, view.span), ramp=0.0) if self.ramp else self
 
     def draft(self) -> SparseGPT:

@@ -200,8 +200,9 @@ def _core(tree: dict[str, Any], name: str, where: str, overrides: list[str]) -> 
             raise UserError(
                 f"method {stage.method_name} is for language models", where, nearest(stage.method_name, METHODS)
             )
-        if getattr(stage.method, "ramp", 0.0):
-            raise UserError("ramps over blocks, and there are none", f"{where}: {stage.kind}.ramp", "leave it out")
+        if getattr(stage.method, "uneven", False):
+            raise UserError("there are no blocks whose ratios could differ", f"{where}: {stage.kind}",
+                            "leave ramp and ratios out")  # fmt: skip
         grid = getattr(stage.method, "activations", None)
         if grid is not None and grid.group != "tensor":
             raise UserError(

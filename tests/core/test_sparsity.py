@@ -100,3 +100,13 @@ def test_ramp_keeps_the_total_whatever_the_sizes_of_the_blocks(sizes: list[int],
 def test_ramp_that_a_pattern_cannot_have_is_refused(sparsity: str, ramp: float) -> None:
     with pytest.raises(UserError, match=r"ramp"):
         Sparsity.parse(sparsity).check_ramp(ramp)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "ratios", "what"),
+    [("2:4", (0.4, 0.6), "same in every block"), ("0.5", (0.4, 0.5), "mean is 0.45"), ("0.5", (0.0, 1.0), r"\[0, 1\)")],
+)
+def test_ratios_that_blocks_cannot_have_are_refused(sparsity: str, ratios: tuple[float, ...], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        Sparsity.parse(sparsity).check_ratios(ratios)
+    Sparsity.parse(sparsity).check_ratios(())
