@@ -130,9 +130,7 @@ class Team:
         if self.size == 1 or fewest < self.size or not all(method.by_rows for method in methods):
             run_methods(methods, group, stats)
             return
-        mine = group.trial()
-        for matrix in mine:
-            matrix.weight = self.share(matrix.weight).clone()
+        mine = group.trial(self.share)
         run_methods(methods, mine, stats)
         for matrix, part in zip(group, mine, strict=True):
             self._join(matrix, part)

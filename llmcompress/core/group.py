@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ class Matrix:
     def columns(self) -> int:
         """Input width."""
         return self.weight.shape[1]
+
+    def trial(self, some: Callable[[Tensor], Tensor]) -> Matrix:
+        """A copy of ``some`` output rows, in memory of its own."""
+        keep, aim = (None if part is None else some(part).clone() for part in (self.keep, self.aim))
+        return replace(self, weight=some(self.weight).clone(), keep=keep, aim=aim)
 
     def row_parts(self) -> Iterator[Tensor]:
         """The weights some output rows at a time, (≤ rows, in), few enough for temporaries to stay in the cache."""
@@ -117,10 +122,14 @@ class MatrixGroup:
         """The first matrix's name."""
         return self.matrices[0].name
 
-    def trial(self) -> MatrixGroup:
-        """A copy to try decisions on. Weights are shared until a stage replaces them."""
+    def trial(self, some: Callable[[Tensor], Tensor] = lambda outputs: outputs) -> MatrixGroup:
+        """A copy to try decisions on; steps may overwrite its matrices.
+
+        Args:
+            some: takes the output rows (≤ out, in) that take part from a tensor (out, in).
+        """
         twin = copy.copy(self)
-        twin.matrices = [copy.copy(m) for m in self.matrices]
+        twin.matrices = [m.trial(some) for m in self.matrices]
         twin.bystanders = [copy.copy(m) for m in self.bystanders]
         twin.figures, twin.warnings = dict(self.figures), list(self.warnings)
         return twin

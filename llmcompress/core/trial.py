@@ -39,7 +39,7 @@ class Trials:
     def __init__(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...], number: int) -> None:
         self.stats, self.rest = stats, tuple(method.draft() for method in rest)
         self.held, self.fit = held_and_fit(stats.rows, number)
-        self.sample = _some_outputs(group)
+        self.sample = group.trial(lambda outputs: outputs[:: stride(len(outputs))])
         back = 1.0 if group.smoothing is None else group.smoothing
         self.originals = [(m.weight if m.aim is None else m.aim) / back for m in self.sample]
         self.energy = sum(float((self.held @ w.T).square().sum()) for w in self.originals)
@@ -119,14 +119,3 @@ def _take(rows: list[Tensor], indices: Tensor) -> Tensor:
         taken.append(x[inside.to(x.device)].float())
         start += x.shape[0]
     return torch.cat(taken)
-
-
-def _some_outputs(group: MatrixGroup) -> MatrixGroup:
-    """A trial group with at most `TRIAL_OUTPUTS` evenly spread output rows of each matrix."""
-    sample = group.trial()
-    for matrix in sample:
-        step = stride(matrix.weight.shape[0])
-        matrix.weight = matrix.weight[::step]
-        matrix.keep = None if matrix.keep is None else matrix.keep[::step]
-        matrix.aim = None if matrix.aim is None else matrix.aim[::step]
-    return sample

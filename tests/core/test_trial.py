@@ -1,9 +1,15 @@
 """Choosing by trials."""
 
+import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from llmcompress.core.trial import clearly_least
+from llmcompress.core.group import Matrix, MatrixGroup
+from llmcompress.core.stats import InputStats
+from llmcompress.core.trial import Trials, clearly_least
+from llmcompress.recipe import Recipe
+
+INT6 = {"weights": "int6", "activations": "int6"}
 
 
 def test_a_choice_that_is_better_by_less_than_the_noise_is_not_taken() -> None:
@@ -32,3 +38,30 @@ def test_clear_is_what_a_paired_test_says() -> None:
 
 def test_one_token_shows_nothing() -> None:
     assert clearly_least({"plain": torch.ones(1), "other": torch.zeros(1)}, "plain") == "plain"
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"quantize": INT6}],
+        [{"quantize": INT6 | {"method": "gptq"}}],
+        [{"quantize": {"method": "gptq", "weights": "int4-g16-mse", "act_order": True}}],
+        [{"prune": {"method": "wanda", "sparsity": 0.5}}],
+        [{"prune": {"method": "sparsegpt", "sparsity": 0.5}}, {"quantize": INT6 | {"method": "gptq"}}],
+        [{"prune": {"method": "sparsegpt", "sparsity": 0.5, "refit": True, "grow": 2}}],
+    ],
+)
+def test_a_trial_changes_neither_the_group_nor_the_next_trial(stages: list[dict[str, object]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(256, 32, generator=generator)
+    group = MatrixGroup([Matrix("m", torch.randn(48, 32, generator=generator))])
+    methods = Recipe.from_tree({"stages": stages}, "t").methods
+    needs = frozenset({"rows"}).union(*(method.needs for method in methods))
+    stats = InputStats(32, needs)
+    stats.update(rows)
+    before, held = group.matrices[0].weight.clone(), rows.clone()
+    trials = Trials(group, stats, methods, number=1)
+    first, second = trials.error(), trials.error()
+    assert torch.equal(first, second)
+    assert torch.equal(group.matrices[0].weight, before) and group.matrices[0].keep is None
+    assert torch.equal(rows, held)
