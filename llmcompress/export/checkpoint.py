@@ -159,9 +159,18 @@ class CheckpointWriter:
         return len(self._shards)
 
     def then(self, job: Callable[[], None]) -> None:
-        """Runs a job in the background once everything added so far is on disk; ``shards`` then tells of it. What goes
-        wrong in it is raised by the next call of a method."""
-        self._later(job)
+        """Runs a job in the background once everything added so far is on disk, which ``shards`` then tells of, and not
+        at all if any of that failed. What goes wrong in it is raised by the next call of a method."""
+
+        def unless_broken() -> None:
+            if not self._broken:
+                try:
+                    job()
+                except BaseException:
+                    self._broken = True
+                    raise
+
+        self._writing.append(self._background.submit(unless_broken))
 
     def seal(
         self, files: Mapping[str, str | bytes], copy_from: Path | None = None, copy: Iterable[str] = COMPANIONS
@@ -211,34 +220,19 @@ class CheckpointWriter:
     def _require_new(self, names: Collection[str]) -> None:
         if self._sealed:
             raise ValueError("the folder is sealed")
-        repeated = sorted(self._names.intersection(names))
-        if repeated:
+        if repeated := sorted(self._names.intersection(names)):
             raise ValueError(f"tensor {repeated[0]} was already written")
 
     def _append(self, names: list[str], nbytes: int, read: Callable[[], dict[str, Tensor]]) -> None:
         path = self.partial / _temporary(len(self._shards))
-        self._later(lambda: self._write_shard(path, read(), nbytes))
+        self.then(lambda: self._write_shard(path, read(), nbytes))
         self._shards.append(names)
         self._names.update(names)
         self.total_bytes += nbytes
 
-    def _later(self, job: Callable[[], None]) -> None:
-        """In the background, after what was submitted before, and not at all if any of that failed."""
-
-        def unless_broken() -> None:
-            if not self._broken:
-                try:
-                    job()
-                except BaseException:
-                    self._broken = True
-                    raise
-
-        self._writing.append(self._background.submit(unless_broken))
-
     def _await_writing(self) -> None:
         """Waits until the last shard is on disk, and raises what kept it from getting there."""
-        failure = self._failure()
-        if failure is not None:
+        if (failure := self._failure()) is not None:
             raise failure
 
     def _failure(self) -> BaseException | None:
