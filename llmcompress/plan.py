@@ -24,7 +24,9 @@ from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView, is_matrix
 from llmcompress.recipe import Recipe
 from llmcompress.recompress import affordable_interval, kept_bytes
+from llmcompress.rehearsal import spans
 from llmcompress.restructure import removable
+from llmcompress.sensitivity import judging_tokens, unsettled
 from llmcompress.survey import PlannedGroup, group_lines, planned, survey
 
 #: interpreter, libraries and allocator slack, measured
@@ -85,6 +87,8 @@ def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) 
     plan.peak_memory_bytes = _estimate_memory(model, walked, largest_block, widest, samples * length)
     if moves := number_of_moves(walked):
         _plan_search(plan, moves, model, samples * length)
+    if unsettled(walked):
+        _plan_sensitivity(plan, model, samples * length)
     if recipe.structured is not None:
         gradients = _gradient_memory(model, recipe.structured, largest_block)
         plan.peak_memory_bytes = max(plan.peak_memory_bytes, gradients)
@@ -102,6 +106,18 @@ def _plan_search(plan: Plan, moves: int, model: BlockwiseModel, tokens: int) -> 
     plan.notes.append(
         f"annealing of the clip ratios: at most {moves + 1} compressions of the model before the one that is written; "
         f"{_mib(kept)} keep what enters {'each block' if every == 1 else f'every {every}th block'}"
+    )
+
+
+def _plan_sensitivity(plan: Plan, model: BlockwiseModel, tokens: int) -> None:
+    """Adds what finding the blocks' ratios keeps in memory, and how much work it is."""
+    hidden = model.model.config.get_text_config().hidden_size
+    judging = judging_tokens(tokens)
+    kept = (len(model.blocks) + 1) * judging * hidden * model.dtype.itemsize
+    plan.peak_memory_bytes += kept
+    plan.notes.append(
+        f"sparsity by sensitivity: two passes over the model before the one that is written, {judging} tokens judge "
+        f"{2 * len(model.blocks)} models side by side; {_mib(kept)} keep them"
     )
 
 
@@ -140,9 +156,10 @@ def check_fit(recipe: Recipe, model: BlockwiseModel) -> dict[str, tuple[int, int
     views = [view for view in _matrices(model) if recipe.targets(view.name)]
     for name, misfit in misfits(recipe, model).items():
         raise UserError(misfit, name, "or leave such matrices dense: --on-misfit skip")
+    shares = [last - first for first, last in spans(model, recipe.targets)]
     for method in recipe.methods:
-        if misfit := method.misfit_blocks(len(model.blocks)):
-            raise UserError(misfit, f"recipe {recipe.name}: {method.stage}", "give one value per block")
+        if misfit := method.misfit_blocks(shares):
+            raise UserError(misfit, f"recipe {recipe.name}: {method.stage}", "give one value per block that suits it")
     scheme = _scheme(recipe, model)
     if scheme and not model.unpacks and storage_format(scheme).endswith(PACK_QUANTIZED):
         raise UserError("transformers cannot load packed weights of this architecture", type(model.model).__name__,

@@ -178,7 +178,7 @@ def held_back(rows: int, share: float) -> list[int]:
         UserError: there are fewer than two rows.
     """
     if rows < 2:
-        raise UserError("annealing needs rows to calibrate on and rows to judge on", "--samples", "use at least 2")
+        raise UserError("a search needs rows to calibrate on and rows to judge on", "--samples", "use at least 2")
     count = min(max(1, round(rows * share)), rows - 1)
     return [(2 * i + 1) * rows // (2 * count) for i in range(count)]
 

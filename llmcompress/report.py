@@ -119,6 +119,8 @@ class Report:
         search: of clip ratios by annealing: ratios and perplexity on the validation rows at the start and at the best,
             numbers of those rows, every move with the perplexity of its candidate, the current one and the best so far;
             empty if there was none.
+        sensitivity: of the blocks, where ratios were to be found: the two ratios that each was pruned to alone, the
+            divergence at each, numbers of the rows that judged, the ratios that follow; empty if none were to be found.
         blocks: in the order of the forward.
         determinism: what has to be the same for the same bytes.
         warnings: what was skipped or degraded, in plain words.
@@ -143,6 +145,7 @@ class Report:
     structure: dict[str, Any] = field(default_factory=dict)
     recovery: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
+    sensitivity: dict[str, Any] = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
     determinism: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -191,8 +194,8 @@ class Report:
         """
         try:
             content = json.loads(text)
-            known = {f.name: content[f.name] for f in fields(Report) if f.name != "savings"}
-            known["savings"] = content.get("savings", [])  # reports of earlier versions have none
+            later: dict[str, Any] = {"savings": [], "sensitivity": {}}  # reports of earlier versions have none
+            known = {f.name: (later | content)[f.name] for f in fields(Report)}
             known["blocks"] = [BlockReport.from_dict(block) for block in known["blocks"]]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a report of this program: {error!r}") from error
@@ -241,6 +244,12 @@ class Report:
             lines.append(
                 f"recovered in {self.recovery['steps']} steps ({self.recovery['kind']}): "
                 f"divergence from the dense model {first:.4f} → {last:.4f} on the rows trained on"
+            )
+        if self.sensitivity:
+            ratios = self.sensitivity["ratios"]
+            lines.append(
+                f"sparsity by measured sensitivity: {min(ratios):.2f} to {max(ratios):.2f}, "
+                f"found on {len(self.sensitivity['validation_rows'])} of {self.sensitivity['rows']} calibration rows"
             )
         if self.search:
             start, best = (figure(self.search[key]["perplexity"], ".4f") for key in ("start", "best"))

@@ -43,6 +43,7 @@ from llmcompress.report import Report
 from llmcompress.restructure import copy_blocks, copy_rest, hidden_bytes, removable, restructure
 from llmcompress.resume import KeptBlock, Workplace, folder_of
 from llmcompress.savings import savings
+from llmcompress.sensitivity import find_ratios, settled, unsettled
 from llmcompress.source import HELD_OUT_SEED, Source, draw_tokens
 from llmcompress.walk import Walk
 
@@ -87,14 +88,12 @@ class Run:
 
     def _follow(self, target: Path) -> Report:
         """What the processes do that do not write."""
-        dense, recipe = self.source.open(), self.recipe
-        tokens = self.team.told()
-        if self.options.on_misfit == "skip":
-            recipe, _ = without_misfits(recipe, dense)
-        if tokens is not None:
+        dense = self.source.open()
+        if (told := self.team.told()) is not None:
+            recipe, tokens = told
             work = Workplace(target)
             try:
-                follow(self._new_walk(dense, recipe.blockwise, tokens, work), work)
+                follow(self._new_walk(dense, recipe, tokens, work), work)
             except (OSError, SafetensorError) as error:
                 raise work.told(error) or error from error
         return Report(model=self.source.name, recipe=self.recipe.name, output=str(target))
@@ -237,8 +236,9 @@ class Run:
             with self.phases("write"):
                 report.blocks = copy_blocks(dense, writer)
             return {}
-        recipe = self._searched(dense, tokens, work, report)
-        walk = self._new_walk(dense, recipe, self.team.told(tokens), work)
+        recipe = self._searched(self._allotted(dense, tokens, work, report), dense, tokens, work, report)
+        self.team.told((recipe, tokens))
+        walk = self._new_walk(dense, recipe, tokens, work)
         report.calibration["samples"] = walk.samples
         keeper = Keeper(walk, writer, work, self.phases)
         blocks = [*kept, *keeper.blocks(kept)]
@@ -248,9 +248,22 @@ class Run:
         report.warnings += sorted({note for s in schemes.values() if (note := storage_note(s))})
         return schemes
 
-    def _searched(self, dense: BlockwiseModel, tokens: Tensor, work: Workplace, report: Report) -> Recipe:
-        """The recipe for the walk, with its clip ratios settled if they are to be searched for."""
-        recipe, o = self.recipe.blockwise, self.options
+    def _allotted(self, dense: BlockwiseModel, tokens: Tensor, work: Workplace, report: Report) -> Recipe:
+        """The recipe for the walk, with the blocks' sparsity ratios settled if they are to be found."""
+        recipe = self.recipe.blockwise
+        if unsettled(recipe) is None:
+            return recipe
+        with self.phases("sensitivity"):
+            if work.kept("sensitivity.json") is None:
+                work.keep("sensitivity.json", find_ratios(recipe, dense, tokens, self.progress))
+        report.sensitivity = work.kept("sensitivity.json")
+        return settled(recipe, report.sensitivity["ratios"])
+
+    def _searched(
+        self, recipe: Recipe, dense: BlockwiseModel, tokens: Tensor, work: Workplace, report: Report
+    ) -> Recipe:
+        """The recipe with its clip ratios settled if they are to be searched for."""
+        o = self.options
         if (clip := searched(recipe)) is None:
             return recipe
         with self.phases("anneal"):

@@ -29,6 +29,7 @@ from llmcompress.recipe import Recipe
 PRUNE = {"method": "sparsegpt", "target": "dense", "refit": True, "grow": 3}
 SMOOTH = {"method": "smoothquant", "alpha": "auto"}
 ROUND = {"method": "gptq", "weights": "int8", "activations": "int8", "target": "dense"}
+RATIOS = {"ratios": "auto"}
 RAMP = 0.09
 OWN = {"target": "compressed"}
 JSQ = (
@@ -60,7 +61,7 @@ class Pattern:
     @property
     def prune(self) -> dict[str, Any]:
         """The whole recipe's prune stage."""
-        return PRUNE if isinstance(self.sparsity, str) else PRUNE | {"ramp": RAMP}
+        return PRUNE if isinstance(self.sparsity, str) else PRUNE | RATIOS
 
     def row(
         self, part: str, change: str, *steps: dict[str, Any], propagate: str = "compressed", inside: float = 0.0
@@ -77,7 +78,7 @@ class Pattern:
             yield self.row("whole", "jsq-plus", self.prune, SMOOTH, ROUND)
             yield from inside(self)
             return
-        for mode in ("compressed", "pruned", "block") if "ramp" in self.prune else ("compressed",):
+        for mode in ("compressed", "pruned", "block") if "ratios" in self.prune else ("compressed",):
             yield self.row("JSQ", f"propagate: {mode}", *JSQ, propagate=mode)
         yield from added(self)
         yield from removed(self)
@@ -98,7 +99,7 @@ def added(pattern: Pattern) -> Iterator[Row]:
         ("target", "aim at the dense outputs"),
         ("refit", "masked refit"),
         ("grow", "drop and grow"),
-        ("ramp", "ramp over the blocks"),
+        ("ratios", "ratios by sensitivity"),
     ):
         if key in whole:
             prune = prune | {key: whole[key]}
@@ -110,16 +111,17 @@ def added(pattern: Pattern) -> Iterator[Row]:
 def removed(pattern: Pattern) -> Iterator[Row]:
     """The whole recipe with one part taken away or replaced."""
     whole = pattern.prune
-    without = {k: v for k, v in whole.items() if k != "ramp"}
+    even = {k: v for k, v in whole.items() if k != "ratios"}
     yield pattern.row("removed", "aim at the weights' own outputs", whole | OWN, SMOOTH, ROUND | OWN)
     yield pattern.row("removed", "no refit, no drop and grow", whole | {"refit": False, "grow": 0}, SMOOTH, ROUND)
     yield pattern.row("changed", "three times the drop and grow", whole | {"grow": 9}, SMOOTH, ROUND)
     for score, name in ((JSQ[0], "JSQ's"), ({"method": "wanda"}, "Wanda's")):
         yield pattern.row("changed", f"{name} mask, refitted, no drop and grow", score, SMOOTH, ROUND | {"refit": True})
     yield from inside(pattern)
-    if "ramp" in whole:
-        yield pattern.row("removed", "no ramp", without, SMOOTH, ROUND)
-        yield pattern.row("changed", "twice the ramp", whole | {"ramp": 2 * RAMP}, SMOOTH, ROUND)
+    if "ratios" in whole:
+        yield pattern.row("removed", "the same ratio in every block", even, SMOOTH, ROUND)
+        for ramp in (RAMP, 2 * RAMP):
+            yield pattern.row("changed", f"ramp {ramp} over the blocks", even | {"ramp": ramp}, SMOOTH, ROUND)
 
 
 def inside(pattern: Pattern) -> Iterator[Row]:

@@ -188,8 +188,8 @@ class Method:
         """Why the step cannot be taken with matrices of these ``names``; empty if it can."""
         return ""
 
-    def misfit_blocks(self, blocks: int) -> str:
-        """Why the step cannot be taken on a model of so many blocks; empty if it can."""
+    def misfit_blocks(self, shares: Sequence[float]) -> str:
+        """Why the step cannot be taken on blocks with these shares of all weights; empty if it can."""
         return ""
 
     def join(self, following: Method) -> Method | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -67,15 +68,12 @@ class Sparsity:
             low, high = self.ratio - ramp / 2, self.ratio + ramp / 2
             raise UserError(f"ratios from {low:g} to {high:g} leave [0, 1)", "prune.ramp", "ramp less, e.g. 0.1")
 
-    def check_ratios(self, ratios: tuple[float, ...]) -> None:
+    def check_ratios(self, ratios: tuple[float, ...] | Literal["auto"]) -> None:
         """Raises UserError if the blocks cannot have these ratios in place of this one."""
         if ratios and self.m:
             raise UserError(f"the pattern {self} is the same in every block", "prune.ratios", "leave them out")
-        if any(not 0 <= ratio < 1 for ratio in ratios):
+        if ratios != "auto" and any(not 0 <= ratio < 1 for ratio in ratios):
             raise UserError(f"{list(ratios)} leave [0, 1)", "prune.ratios", "give shares of zeros, one per block")
-        mean = sum(ratios) / len(ratios) if ratios else self.ratio
-        if abs(mean - self.ratio) > 1e-3:
-            raise UserError(f"their mean is {mean:.4g}, not the sparsity {self}", "prune.ratios", "let the two agree")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.m else f"{self.ratio:g}"

@@ -13,6 +13,7 @@ candidate, unless another is better by more than the noise."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -80,9 +81,9 @@ class Clip(Method):
         if not 0 < self.validation < 1:
             raise UserError(f"{self.validation:g} is no share of the rows", "clip.validation", "use e.g. 0.25")
 
-    def misfit_blocks(self, blocks: int) -> str:
-        if self.ratios and len(self.ratios) != blocks:
-            return f"{len(self.ratios)} clip ratios for {blocks} blocks"
+    def misfit_blocks(self, shares: Sequence[float]) -> str:
+        if self.ratios and len(self.ratios) != len(shares):
+            return f"{len(self.ratios)} clip ratios for {len(shares)} blocks"
         return ""
 
     def for_block(self, view: BlockView) -> Clip:

@@ -7,6 +7,7 @@ aiming at the dense model's outputs, a least-squares refit of what is kept, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,7 +36,8 @@ class SparseGPT(Method):
         target: whose outputs to meet: those of the weights on the compressed model's own inputs, or the dense model's.
         precision: of the factorisation.
         ramp: by how much the ratio grows from the first weights of the model to the last, at the same total.
-        ratios: one per block, the first block's first, in place of the sparsity, which is their mean.
+        ratios: one per block, the first block's first, in place of the sparsity, which is their mean over all weights;
+            ``auto`` has them found by `llmcompress.sensitivity` before the walk.
     """
 
     sparsity: Sparsity
@@ -45,7 +47,7 @@ class SparseGPT(Method):
     target: Literal["compressed", "dense"] = "compressed"
     precision: Literal["float32", "float64"] = "float32"
     ramp: float = 0.0
-    ratios: tuple[float, ...] = ()
+    ratios: tuple[float, ...] | Literal["auto"] = ()
 
     stage = "prune"
 
@@ -75,12 +77,19 @@ class SparseGPT(Method):
         """Whether blocks have ratios of their own."""
         return bool(self.ramp or self.ratios)
 
-    def misfit_blocks(self, blocks: int) -> str:
-        wrong = self.ratios and len(self.ratios) != blocks
-        return f"{len(self.ratios)} sparsity ratios for {blocks} blocks" if wrong else ""
+    def misfit_blocks(self, shares: Sequence[float]) -> str:
+        if not self.ratios or self.ratios == "auto":
+            return ""
+        if len(self.ratios) != len(shares):
+            return f"{len(self.ratios)} sparsity ratios for {len(shares)} blocks"
+        mean = sum(ratio * share for ratio, share in zip(self.ratios, shares, strict=True))
+        wrong = abs(mean - self.sparsity.ratio) > 1e-3
+        return f"the ratios are {mean:.4g} in the mean of all weights, not {self.sparsity}" if wrong else ""
 
     def for_block(self, view: BlockView) -> SparseGPT:
         """With the ratio of its place in the model."""
+        if self.ratios == "auto":
+            raise UserError("ratios are found before the walk", "prune.ratios", "compress with `llmcompress.compress`")
         if self.ratios:
             return replace(self, sparsity=Sparsity(self.ratios[view.index]), ratios=())
         return replace(self, sparsity=self.sparsity.ramped(self.ramp, view.span), ramp=0.0) if self.ramp else self

@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from llmcompress.core.profile import decoded
-from llmcompress.pages.drawing import SERIES, canvas, heat_colors, inline
+from llmcompress.pages.drawing import INK, SERIES, canvas, heat_colors, inline
 from llmcompress.pages.maps import kind_of
 from llmcompress.report import GroupReport, Report
 
@@ -204,6 +204,34 @@ def search_picture(report: Report) -> Picture | None:
         axis.grid(axis="y")
         figure.legend(loc="outside upper left", ncols=4, columnspacing=1, handletextpad=0.4)
         return Picture("Annealing of the clip ratios", inline(figure, "annealing", "Annealing", said), said)
+
+
+def sensitivity_picture(report: Report) -> Picture | None:
+    """What zeros in each block alone cost the model, and the ratio it was given."""
+    found = report.sensitivity
+    if not found:
+        return None
+    ratios, cost = found["ratios"], list(zip(*found["kl"], strict=True))
+    dearest = max(range(len(ratios)), key=cost[1].__getitem__)
+    said = (
+        f"Each block pruned alone: block {dearest} costs most, KL {cost[1][dearest]:.4f} at {found['tried'][1]:.0%}, "
+        f"so it gets {ratios[dearest]:.0%}; the others up to {max(ratios):.0%}, all together {found['sparsity']:.1%}."
+    )
+    with canvas(220) as figure:
+        costs, given = figure.subplots(2, 1, sharex=True)
+        for values, share, colour, mark in zip(cost, found["tried"], SERIES, "os", strict=False):
+            costs.plot(range(len(values)), values, mark, color=colour, markersize=4, label=f"at {share:.0%} zeros")
+        costs.set_yscale("log")
+        costs.set_ylabel("KL, alone")
+        given.bar(range(len(ratios)), [100 * ratio for ratio in ratios], color=SERIES[0], width=0.8)
+        given.axhline(100 * found["sparsity"], color=INK, linewidth=0.8)
+        given.set_ylabel("zeros, %")
+        given.set_xlabel("block")
+        given.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        for axis in (costs, given):
+            axis.grid(axis="y")
+        figure.legend(loc="outside upper left", ncols=2, columnspacing=1, handletextpad=0.4)
+        return Picture("Zeros by sensitivity", inline(figure, "sensitivity", "Sensitivity of the blocks", said), said)
 
 
 def recovery_picture(report: Report) -> Picture | None:

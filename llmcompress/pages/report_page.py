@@ -15,6 +15,7 @@ from llmcompress.pages.plots import (
     outlier_pictures,
     recovery_picture,
     search_picture,
+    sensitivity_picture,
 )
 from llmcompress.pages.results import SPEEDS, Result
 from llmcompress.pages.template import filled
@@ -23,6 +24,8 @@ from llmcompress.table import bytes_text, change, grouped_warnings
 
 #: inputs of which the outliers are listed
 INPUTS_LISTED = 12
+#: pictures of what went before the blocks were compressed
+_BEFORE_THE_WALK = (recovery_picture, sensitivity_picture, search_picture)
 
 
 class ReportPage:
@@ -35,7 +38,7 @@ class ReportPage:
     def __init__(self, result: Result) -> None:
         self.result, report = result, result.report
         self._outliers = outlier_pictures(report)
-        choices = [*choice_pictures(report), search_picture(report), recovery_picture(report)]
+        choices = [*choice_pictures(report), *(draw(report) for draw in _BEFORE_THE_WALK)]
         self._choices = [picture for picture in choices if picture is not None]
         self._cost = cost_picture(report)
 

@@ -104,7 +104,11 @@ def test_ramp_that_a_pattern_cannot_have_is_refused(sparsity: str, ramp: float) 
 
 @pytest.mark.parametrize(
     ("sparsity", "ratios", "what"),
-    [("2:4", (0.4, 0.6), "same in every block"), ("0.5", (0.4, 0.5), "mean is 0.45"), ("0.5", (0.0, 1.0), r"\[0, 1\)")],
+    [
+        ("2:4", (0.4, 0.6), "same in every block"),
+        ("2:4", "auto", "same in every block"),
+        ("0.5", (0.0, 1.0), r"\[0, 1\)"),
+    ],
 )
 def test_ratios_that_blocks_cannot_have_are_refused(sparsity: str, ratios: tuple[float, ...], what: str) -> None:
     with pytest.raises(UserError, match=what):
