@@ -37,7 +37,7 @@ from llmcompress.walk import CompressedBlock, Walk
 #: how far from the wanted ratio the blocks' own may go; they are measured half as far from it
 LIMIT = 0.2
 #: share of the rows that judges, up to so many tokens
-HELD, HELD_TOKENS = 0.25, 8192
+HELD, HELD_TOKENS = 0.25, 2048
 #: decimals of a ratio: what is beyond them is noise
 DECIMALS = 4
 

@@ -72,6 +72,8 @@ class Sparsity:
         """Raises UserError if the blocks cannot have these ratios in place of this one."""
         if ratios and self.m:
             raise UserError(f"the pattern {self} is the same in every block", "prune.ratios", "leave them out")
+        if ratios == "auto" and not self.ratio:
+            raise UserError("there are no zeros to share out", "prune.ratios", "leave them out, or ask for zeros")
         if ratios != "auto" and any(not 0 <= ratio < 1 for ratio in ratios):
             raise UserError(f"{list(ratios)} leave [0, 1)", "prune.ratios", "give shares of zeros, one per block")
 

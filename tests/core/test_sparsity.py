@@ -107,6 +107,7 @@ def test_ramp_that_a_pattern_cannot_have_is_refused(sparsity: str, ramp: float) 
     [
         ("2:4", (0.4, 0.6), "same in every block"),
         ("2:4", "auto", "same in every block"),
+        ("0", "auto", "no zeros"),
         ("0.5", (0.0, 1.0), r"\[0, 1\)"),
     ],
 )
