@@ -76,9 +76,10 @@ def assemble(
 
 @torch.no_grad()
 def _try(network: PreTrainedModel, folder: Path) -> None:
-    """One token, so that a model whose code reads the weights of its Linears (RWKV's does) is found now."""
+    """Two tokens, so that a model whose code reads the weights of its Linears (RWKV's does) is found now, and what the
+    kernels of several rows compile is compiled before the compiler's pages are given back."""
     try:
-        network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=network.device))
+        network(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=network.device))
     except AttributeError as error:
         raise UserError(f"its code reads the weights themselves ({error})", str(folder), "use runtime dense") from error
 

@@ -55,7 +55,7 @@ class W8A8Linear(nn.Module):
         self.fused = grid.symmetric and grid.dynamic and grid.group == "token"
         # Plain attributes, not buffers: in decoding, looking those up is a good part of what surrounds a product.
         self.weight_scale = stored.levels.scale.expand(self.out_features, 1).flatten().contiguous()
-        self.zero_points = torch.zeros(self.out_features, dtype=torch.int64)
+        self.zero_points = torch.zeros(1, dtype=torch.int64)  # one of all rows: the kernel takes symmetric weights only
         self.row_sums: Tensor | None = None
         if not grid.symmetric:
             self.row_sums = stored.codes.sum(1, dtype=torch.int32).float().mul_(self.weight_scale)
