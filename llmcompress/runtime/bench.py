@@ -50,6 +50,12 @@ class Variant:
         """Tokens per second, the median."""
         return self._tokens(kind, batch) / statistics.median(self.seconds(kind, batch))
 
+    def rates(self, kind: str, batch: int) -> dict[str, float]:
+        """Tokens per second: the ``median``, the ``low``est and the ``high``est."""
+        tokens, seconds = self._tokens(kind, batch), self.seconds(kind, batch)
+        found = {"median": statistics.median(seconds), "low": max(seconds), "high": min(seconds)}
+        return {key: tokens / value for key, value in found.items()}
+
     def resident(self) -> int:
         """Bytes of the process, the median over rounds."""
         return int(statistics.median(found.resident_bytes for found in self.rounds))
@@ -74,9 +80,7 @@ class Variant:
     def _figures(self, batch: int) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for kind in ("prefill", "decode"):
-            tokens, seconds = self._tokens(kind, batch), self.seconds(kind, batch)
-            rates = {"median": statistics.median(seconds), "low": max(seconds), "high": min(seconds)}
-            figures[f"{kind}_tokens_per_second"] = {key: tokens / value for key, value in rates.items()}
+            figures[f"{kind}_tokens_per_second"] = self.rates(kind, batch)
         figures["first_token_seconds"] = statistics.median(self.seconds("prefill", batch))
         return figures
 
