@@ -7,7 +7,7 @@ COMMANDS = {
     "inspect": "show what a checkpoint holds; verify a compressed one",
     "bench": "measure speed and memory of a folder beside its dense model",
     "generate": "let a folder continue a prompt",
-    "pack": "write a folder in another container: zeros left out, or bitsandbytes",
+    "pack": "write a folder in another container: zeros left out, GPTQ's layout, or bitsandbytes",
     "unpack": "turn a packed folder back into the checkpoint, bit for bit",
     "report": "write report.html of a folder anew",
     "vision": "compress a convolutional network",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmcompress.commands.parser import Parser, quiet_libraries
+from llmcompress.commands.parser import Parser, check_file, positive, positives, quiet_libraries
 from llmcompress.runtime.summary import RUNTIMES
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def run(arguments: Sequence[str]) -> int:
     """Measures, prints a table, writes JSON and a plot; returns the exit code."""
     options = _parser().parse_args(arguments)
+    if options.json is not None:
+        check_file("--json", options.json)
     quiet_libraries()
     from llmcompress.errors import UserError
     from llmcompress.export.destination import RECORD
@@ -30,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
 
     folder = Path(options.folder)
     check_checkpoint(folder)
-    against = None if options.against is None else locate(options.against)
+    against = None if options.against is None else locate(options.against, "--against")
     threads = options.threads or _usable_threads()
     variants = _variants(folder, against, options, threads)
     dense = next((v for v in variants if v.job.dtype == "bfloat16" and v.name.startswith("dense")), None)
@@ -90,21 +92,10 @@ def _usable_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError(text)
-    return numbers
-
-
-def _positive(text: str) -> int:
-    return _numbers(text)[0]
-
-
 def _dtypes(text: str) -> list[str]:
     names = text.split(",")
     if set(names) - {"float32", "bfloat16"}:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"'{text}' is neither float32 nor bfloat16 nor both, with a comma")
     return names
 
 
@@ -119,11 +110,11 @@ def _parser() -> Parser:
     add("--against", metavar="PRESET|FOLDER|HUB_ID", help="the dense model, measured in turn with it")
     add("--dense", type=_dtypes, default=["float32", "bfloat16"], metavar="DTYPES",
         help="what the dense model computes in (default: float32,bfloat16)")  # fmt: skip
-    add("--prompt", type=_positive, default=256, metavar="N", help="tokens of the prompt (default: 256)")
-    add("--new", type=_positive, default=64, metavar="N", help="tokens decoded after it (default: 64)")
-    add("--batch", type=_numbers, default=[1, 8], metavar="N,N", help="rows at once (default: 1,8)")
-    add("--rounds", type=_positive, default=3, metavar="N", help="processes for each row of the table (default: 3)")
-    add("--threads", type=_positive, metavar="N", help="default: as many as the process may use")
+    add("--prompt", type=positive, default=256, metavar="N", help="tokens of the prompt (default: 256)")
+    add("--new", type=positive, default=64, metavar="N", help="tokens decoded after it (default: 64)")
+    add("--batch", type=positives, default=[1, 8], metavar="N,N", help="rows at once (default: 1,8)")
+    add("--rounds", type=positive, default=3, metavar="N", help="processes for each row of the table (default: 3)")
+    add("--threads", type=positive, metavar="N", help="default: as many as the process may use")
     add("--runtime", default="auto", choices=RUNTIMES, help="of the folder (default: auto)")
     add("--dtype", choices=["float32", "bfloat16"], help="of the folder's arithmetic (default: the checkpoint's)")
     add("--device", default="cpu", choices=["cpu", "cuda"])

@@ -7,8 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmcompress.commands.parser import Parser, add_seed, quiet_libraries
-from llmcompress.errors import UserError
+from llmcompress.commands.parser import Parser, add_seed, check_file, quiet_libraries
 
 EXAMPLES = """examples:
   python -m llmcompress eval compressed/llama-jsq --reference llama --text held-out.txt
@@ -20,7 +19,8 @@ EXAMPLES = """examples:
 def run(arguments: Sequence[str]) -> int:
     """Evaluates; returns the exit code."""
     options = _parser().parse_args(arguments)
-    _check_target(options.json)
+    if options.json not in (None, "-"):
+        check_file("--json", options.json)
     quiet_libraries()
     from llmcompress import api
     from llmcompress.progress import Progress
@@ -53,17 +53,6 @@ def run(arguments: Sequence[str]) -> int:
         Path(options.json).write_text(found.to_json() + "\n", encoding="utf-8")
         print(f"written to {options.json}")
     return 0
-
-
-def _check_target(json: str | None) -> None:
-    """A file that cannot be written is told before the work, not after it."""
-    if json in (None, "-"):
-        return
-    file = Path(str(json))
-    if file.is_dir():
-        raise UserError("is a folder", f"--json {json}", "give a file, or - for standard output")
-    if not file.absolute().parent.is_dir():
-        raise UserError("its folder does not exist", f"--json {json}", "make the folder first")
 
 
 def _parser() -> Parser:

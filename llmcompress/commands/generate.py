@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from llmcompress.commands.parser import Parser, quiet_libraries
-from llmcompress.runtime.summary import RUNTIMES
+from llmcompress.commands.parser import Parser, positive, quiet_libraries
+from llmcompress.runtime.summary import RUNTIMES, StaysDense
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -22,9 +23,11 @@ def run(arguments: Sequence[str]) -> int:
     from llmcompress.model.locate import locate
     from llmcompress.runtime.loading import load, runtime_of
 
-    folder = locate(options.folder)
+    folder = locate(options.folder, "FOLDER")
     tokenizer = _tokenizer(str(folder))
-    model: Any = load(folder, options.dtype, options.device, options.runtime)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StaysDense)  # the last line says it
+        model: Any = load(folder, options.dtype, options.device, options.runtime)
     torch.manual_seed(options.seed)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
@@ -59,7 +62,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("folder", metavar="FOLDER|PRESET|HUB_ID", help="the model, compressed or not")
     add("--prompt", required=True, help="how the text begins")
-    add("--new", type=_positive, default=128, metavar="N", help="tokens at most (default: 128)")
+    add("--new", type=positive, default=128, metavar="N", help="tokens at most (default: 128)")
     add("--temperature", type=_temperature, default=0.0, metavar="T",
         help="of the sampling; 0 takes the most likely token (default)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="S", help="of the sampling (default: 0)")
@@ -67,12 +70,6 @@ def _parser() -> Parser:
     add("--dtype", choices=["float32", "bfloat16"], help="of the arithmetic (default: the checkpoint's)")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     return parser
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
 
 
 def _temperature(text: str) -> float:

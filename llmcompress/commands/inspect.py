@@ -25,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
         if shows:
             print(f"\r\x1b[K{what[:100]}", end="", file=sys.stderr, flush=True)
 
-    found = inspect(locate(options.model), options.trust_remote_code, advance)
+    found = inspect(locate(options.model, "MODEL"), options.trust_remote_code, advance)
     advance("")
     if options.json:
         print(json.dumps(found.to_dict(), indent=2, allow_nan=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,19 +21,25 @@ def run(arguments: Sequence[str]) -> int:
         from llmcompress.export.sparse import pack
 
         size = pack(options.folder, options.output, options.force)
-    elif options.to.startswith("gptq"):
-        from llmcompress.export.to_gptq import to_gptq
-
-        size = to_gptq(options.folder, options.output, options.to, options.force)
     else:
-        from llmcompress.export.bitsandbytes import to_bitsandbytes
-        from llmcompress.runtime.loading import check_checkpoint
-
-        check_checkpoint(options.folder)
-        size = to_bitsandbytes(options.folder, options.output, options.to, options.force)
+        size = _converted(options)
     share = size["after"] / size["before"]
     print(f"{options.output}: {bytes_text(size['before'])} → {bytes_text(size['after'])} ({share:.1%})")
     return 0
+
+
+def _converted(options: argparse.Namespace) -> dict[str, int]:
+    """Writes another program's layout; bytes ``before`` and ``after``."""
+    from llmcompress.runtime.loading import check_checkpoint
+
+    check_checkpoint(options.folder)
+    if options.to.startswith("gptq"):
+        from llmcompress.export.to_gptq import to_gptq
+
+        return to_gptq(options.folder, options.output, options.to, options.force)
+    from llmcompress.export.bitsandbytes import to_bitsandbytes
+
+    return to_bitsandbytes(options.folder, options.output, options.to, options.force)
 
 
 def _parser() -> Parser:

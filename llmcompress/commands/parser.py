@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from llmcompress.errors import UserError
@@ -38,6 +39,30 @@ def add_recipe_options(parser: Parser, recipe: str, change: str, misfit: str) ->
 def add_seed(parser: argparse._ActionsContainer) -> None:
     """Of the commands that draw anything."""
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
+
+
+def positive(text: str) -> int:
+    """Type of an option: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 on")
+    return int(text)
+
+
+def positives(text: str) -> list[int]:
+    """Type of an option: such numbers, with commas between them."""
+    return [positive(part) for part in text.split(",")]
+
+
+def check_file(option: str, file: str | Path) -> None:
+    """Says before the work, not after it, that a result could not be written.
+
+    Raises:
+        UserError: ``file`` is a folder, or its own folder does not exist.
+    """
+    if Path(file).is_dir():
+        raise UserError("is a folder", f"{option} {file}", "give a file")
+    if not Path(file).absolute().parent.is_dir():
+        raise UserError("its folder does not exist", f"{option} {file}", "make the folder first")
 
 
 def quiet_libraries() -> None:

@@ -51,6 +51,7 @@ def pack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
     Raises:
         UserError: not a checkpoint, packed already, or ``output`` may not be written.
     """
+    _require_folder(folder)
     refuse_network(folder)
     shards = sorted(folder.glob("*.safetensors"))
     if is_packed(folder):
@@ -77,6 +78,7 @@ def unpack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
     Raises:
         UserError: not a packed folder, damaged, or ``output`` may not be written.
     """
+    _require_folder(folder)
     if not is_packed(folder):
         raise UserError(f"is not packed (no {INDEX} in it)", str(folder), "give a folder that `pack` wrote")
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -92,6 +94,11 @@ def unpack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
         after = sum((partial / name).stat().st_size for name in index["files"])
         before = sum((folder / name).stat().st_size for name in index["files"])
     return {"before": before, "after": after}
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError("no such folder", str(folder), "check the spelling")
 
 
 def _pack_shard(shard: Path, target: Path) -> dict[str, Any]:

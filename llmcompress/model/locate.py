@@ -19,8 +19,12 @@ def short_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
 
 
-def locate(model: str) -> Path:
+def locate(model: str, option: str = "--model") -> Path:
     """The local folder of a model; Hub models are downloaded (safetensors only, never pickles).
+
+    Args:
+        model: what the user typed.
+        option: where, for the error.
 
     Raises:
         UserError: neither preset nor folder nor Hub id, a network of images, or the Hub cannot be reached.
@@ -32,7 +36,7 @@ def locate(model: str) -> Path:
         return Path(target)
     if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", target):
         raise UserError(
-            "neither a preset, a folder nor a Hub id (owner/name)", f"--model {model}", nearest(model, table)
+            "neither a preset, a folder nor a Hub id (owner/name)", f"{option} {model}", nearest(model, table)
         )
     return _download(target)
 

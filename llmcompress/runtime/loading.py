@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llmcompress.arithmetic import choose_device
 from llmcompress.errors import UserError, nearest
 from llmcompress.export.destination import refuse_network
 from llmcompress.export.sparse import is_packed
-from llmcompress.runtime.summary import RUNTIMES, SEMI_STRUCTURED, RuntimeSummary, require_kernel
+from llmcompress.runtime.summary import RUNTIMES, SEMI_STRUCTURED, RuntimeSummary, StaysDense, require_kernel
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -41,12 +42,13 @@ def load(
             everything to transformers, which widens the weights at the first forward.
 
     Raises:
-        UserError: no folder, no checkpoint in it, pickle weights only, a missing or damaged shard, an unknown dtype or
-            runtime, or a kernel asked for by name that no matrix of the folder can use.
+        UserError: no CUDA device, no folder, no checkpoint in it, pickle weights only, a missing or damaged shard, an
+            unknown dtype or runtime, or a kernel asked for by name that no matrix of the folder can use.
     """
     folder, device = Path(folder), torch.device(device)
     if runtime not in RUNTIMES:
         raise UserError(f"unknown runtime '{runtime}'", "runtime", nearest(runtime, RUNTIMES))
+    choose_device(device.type)
     check_checkpoint(folder)
     model, summary = _with_kernels(folder, _dtype(dtype), device, runtime)
     if model is None:
@@ -58,7 +60,7 @@ def load(
         if runtime == SEMI_STRUCTURED:
             summary = _semi_structured(model, folder)
     if (summary.reasons or summary.whole) and runtime != "dense":
-        warnings.warn(f"{folder}: {summary.text()}", stacklevel=2)
+        warnings.warn(f"{folder}: {summary.text()}", StaysDense, stacklevel=2)
     model.llmcompress_runtime = summary
     return model.eval()
 

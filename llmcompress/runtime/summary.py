@@ -18,6 +18,10 @@ RUNTIMES = ("auto", "int8", "int4", SEMI_STRUCTURED, "dense")
 KERNELS = ("int8", "int4")
 
 
+class StaysDense(UserWarning):
+    """What `load` warns with where a quantized matrix has no kernel."""
+
+
 @dataclass
 class RuntimeSummary:
     """How the matrices of a loaded model are multiplied.

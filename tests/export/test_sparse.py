@@ -169,3 +169,21 @@ def test_a_run_can_end_packed(tmp_path: Path) -> None:
     assert sum(f.stat().st_size for f in (tmp_path / "packed").glob("*.safetensors")) < sum(
         map(len, (plain[n] for n in shards))
     )
+
+
+@pytest.mark.parametrize("command", [["pack"], ["pack", "--to", "gptq"], ["unpack"]])
+def test_a_folder_that_is_not_there_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert main([command[0], str(tmp_path / "none"), str(tmp_path / "out"), *command[1:]]) == 2
+    assert "no such folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["gptq", "bitsandbytes-nf4"])
+def test_a_packed_folder_is_unpacked_before_it_is_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "sparse.json").write_text("{}")
+    assert main(["pack", str(tmp_path / "packed"), str(tmp_path / "out"), "--to", kind]) == 2
+    assert "unpack it first" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -184,6 +184,34 @@ def test_bench_refuses_what_cannot_run(folders: dict[str, Path], capsys: pytest.
     assert main(["bench", str(folders["w8a8"] / "none")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["bench", "--batch", "1,x"], "--batch: 'x' is no whole number from 1 on"),
+        (["bench", "--prompt", "0"], "--prompt: '0' is no whole number from 1 on"),
+        (["bench", "--dense", "fp16"], "--dense: 'fp16' is neither float32 nor bfloat16"),
+        (["bench", "--json", "none/speeds.json"], "--json none/speeds.json: its folder does not exist"),
+        (["bench", "--against", "none"], "--against none: neither a preset, a folder nor a Hub id"),
+        (["generate", "--prompt", "It", "--new", "0"], "--new: '0' is no whole number from 1 on"),
+    ],
+)
+def test_a_wrong_option_is_told_by_its_own_name_before_anything_runs(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], given: list[str], line: str
+) -> None:
+    assert main([given[0], str(folders["w8a8"]), *given[1:]]) == 2
+    captured = capsys.readouterr()
+    assert line in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_a_device_that_is_absent_is_refused(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device"):
+        load(folders["w8a8"], device="cuda")
+    assert main(["generate", str(folders["w8a8"]), "--prompt", "It", "--device", "cuda"]) == 2
+
+
 def test_generate_streams_the_same_text_for_the_same_seed(capsys: pytest.CaptureFixture[str]) -> None:
     def text() -> str:
         assert main(["generate", "llama", "--prompt", "It was a dark", "--new", "8", "--temperature", "1"]) == 0
