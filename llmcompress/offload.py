@@ -1,5 +1,8 @@
 """Forwards whose hidden states lie on disk while they wait in front of a block: less memory, the same bytes.
 
+They lie in a file without a name, which goes when its process does: whoever empties the folder, be it another process
+of the run while this one still writes, neither meets nor disturbs it.
+
 A tensor's storage is emptied where it is, so that whoever refers to it, deep in a forward that is suspended, refers to
 it still when it is filled again."""
 
@@ -8,8 +11,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -18,17 +21,47 @@ from torch import Tensor, nn
 from llmcompress.suspend import AtBlock, Place, Returned, SuspendedForward
 
 
+class Parking:
+    """A file without a name.
+
+    Args:
+        folder: on whose disk it lies.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open for as long as the forwards live
+        self._end = 0
+
+    def reserve(self, size: int) -> int:
+        """Where so many bytes may lie that nobody else has."""
+        place, self._end = self._end, self._end + size
+        return place
+
+    def write(self, place: int, memory: memoryview) -> None:
+        """Puts bytes there."""
+        self._file.seek(place)
+        while memory:
+            memory = memory[self._file.write(memory) :]
+
+    def read(self, place: int, memory: memoryview) -> None:
+        """Fills memory with the bytes that were put there."""
+        self._file.seek(place)
+        while memory:
+            memory = memory[self._file.readinto(memory) :]
+
+
 class ParkedForward(SuspendedForward):
     """A forward that waits with its hidden states in a file; they are read back whenever somebody needs them.
 
     Args:
         forward: as `SuspendedForward` takes it.
-        path: of the file.
+        parking: the file.
     """
 
-    def __init__(self, forward: Callable[[], Any], path: Path) -> None:
+    def __init__(self, forward: Callable[[], Any], parking: Parking) -> None:
         super().__init__(forward)
-        self._path, self._passing = path, False
+        self._parking, self._place, self._room = parking, 0, 0
+        self._passing = False
         self._parked: Tensor | None = None
         self._written: Tensor | None = None
 
@@ -66,7 +99,7 @@ class ParkedForward(SuspendedForward):
         if self._passing or not isinstance(hidden, Tensor) or not _owns_its_storage(hidden):
             return
         if self._written is not hidden:
-            self._path.write_bytes(_memory(hidden.detach().cpu()))
+            self._write(_memory(hidden.detach().cpu()))
         hidden.untyped_storage().resize_(0)
         self._parked = self._written = hidden
 
@@ -76,22 +109,25 @@ class ParkedForward(SuspendedForward):
             return
         hidden.untyped_storage().resize_(hidden.numel() * hidden.itemsize)
         read = hidden if hidden.device.type == "cpu" else torch.empty_like(hidden, device="cpu")
-        with self._path.open("rb") as file:
-            file.readinto(_memory(read))
+        self._parking.read(self._place, _memory(read))
         if read is not hidden:
             hidden.copy_(read)
 
+    def _write(self, memory: memoryview) -> None:
+        if len(memory) > self._room:
+            self._place, self._room = self._parking.reserve(len(memory)), len(memory)
+        self._parking.write(self._place, memory)
+
 
 def parked_in(folder: Path) -> Callable[[Callable[[], Any]], SuspendedForward]:
-    """Makes forwards with files of their own in a folder, which is made."""
-    folder.mkdir(exist_ok=True)
-    numbers = count()
-    return lambda forward: ParkedForward(forward, folder / f"{next(numbers):06d}")
+    """Makes forwards that share a file on the disk of a folder."""
+    parking = Parking(folder)
+    return lambda forward: ParkedForward(forward, parking)
 
 
-def _memory(tensor: Tensor) -> Any:
+def _memory(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU. (A tensor that numpy has seen cannot be emptied any more.)"""
-    return (ctypes.c_char * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr())
+    return memoryview((ctypes.c_char * (tensor.numel() * tensor.itemsize)).from_address(tensor.data_ptr()))
 
 
 def _owns_its_storage(tensor: Tensor) -> bool:

@@ -100,10 +100,10 @@ class Run:
 
     def _new_walk(self, dense: BlockwiseModel, recipe: Recipe, tokens: Tensor, work: Workplace) -> Walk:
         o = self.options
-        waiting = work.folder / f"waiting-{self.team.rank}" if o.offload_activations else None
         return Walk(
-            dense, recipe, tokens, replay=o.low_memory or o.offload_activations, offload=waiting, team=self.team,
-            phases=self.phases, progress=self.progress,
+            dense, recipe, tokens, replay=o.low_memory or o.offload_activations,
+            offload=work.folder if o.offload_activations else None, team=self.team, phases=self.phases,
+            progress=self.progress,
         )  # fmt: skip
 
     def _begin(self, dense: BlockwiseModel, work: Workplace) -> Report:

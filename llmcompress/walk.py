@@ -69,7 +69,7 @@ class Walk:
         recipe: what to do.
         tokens: (N, T) int64 calibration rows.
         replay: run blocks from their start to each group instead of suspending them: less memory, same result.
-        offload: folder for the hidden states of forwards that wait in front of a block; None keeps them in memory.
+        offload: folder on whose disk forwards that wait in front of a block have their hidden states; None: in memory.
         team: processes that share the rows.
         phases: where the time went.
         progress: told of blocks and matrices as they come.

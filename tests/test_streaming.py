@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from llmcompress import api, compress
 from llmcompress.errors import UserError
 from llmcompress.hidden_states import load_value, save_value
+from llmcompress.model.checkpoint import Checkpoint
+from llmcompress.model.load import BlockwiseModel
 from llmcompress.offload import ParkedForward
 from llmcompress.recipe import Recipe
 from llmcompress.suspend import AtBlock
@@ -57,6 +59,32 @@ def test_forwards_that_wait_hold_no_hidden_states(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Walk, "_serve", look)
     compress(tiny_folder(tmp_path / "dense"), "wanda-50", tmp_path / "out", replace(OPTIONS, offload_activations=True))
     assert held and not any(held)
+
+
+def test_a_walk_neither_holds_nor_needs_the_folder_on_whose_disk_its_forwards_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process of a run may empty it while another is at work there."""
+    source, folder = tiny_folder(tmp_path / "dense"), tmp_path / "waiting"
+    folder.mkdir()
+    rows = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+
+    def walked(offload: Path | None) -> list[dict[str, Tensor]]:
+        model = BlockwiseModel(Checkpoint(source), torch.float32)
+        walk = Walk(model, Recipe.load("wanda-50"), rows, replay=True, offload=offload)
+        return [dict(block.tensors) for block in walk.run()]
+
+    expected, serve = walked(None), Walk._serve
+
+    def remove(walk: Walk, *given: Any) -> Any:
+        if folder.exists():
+            folder.rmdir()  # refuses a folder that is not empty
+        return serve(walk, *given)
+
+    monkeypatch.setattr(Walk, "_serve", remove)
+    for one, other in zip(walked(folder), expected, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not folder.exists()
 
 
 VALUES: list[Any] = [
