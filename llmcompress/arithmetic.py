@@ -28,7 +28,6 @@ def choose_dtype(wanted: str, checkpoint: Checkpoint, device: str) -> torch.dtyp
     if wanted != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
     stored = checkpoint.dtype
-    parameters = sum(info.nbytes // info.dtype.itemsize for info in checkpoint.tensors.values())
-    if device == "cpu" and (parameters < SMALL_MODEL or stored != torch.bfloat16):
+    if device == "cpu" and (checkpoint.parameters < SMALL_MODEL or stored != torch.bfloat16):
         return torch.float32
     return stored

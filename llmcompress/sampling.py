@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from llmcompress.arithmetic import choose_dtype
 from llmcompress.errors import UserError
+from llmcompress.model.checkpoint import Checkpoint
 
 #: keys and values of one batch may fill this many bytes; a constant, so that batches are the same on every machine
 CACHE_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
 MAX_BATCH = 128
-#: below this many bytes of weights, sampling on a CPU computes in float32, which is faster there than bfloat16
-SMALL_CHECKPOINT = 1 << 30
 #: share of the available memory that sampling may take
 COMFORTABLE = 0.8
 
@@ -45,7 +45,7 @@ def self_samples(
         folder: of the dense checkpoint.
         requests: (count, length, seed) each; all are drawn together, which costs little more than one of them.
         device: where to compute.
-        dtype: of the arithmetic; None takes the checkpoint's, or float32 for small models on a CPU.
+        dtype: of the arithmetic; None for what `choose_dtype` makes of ``auto``.
         trust_remote_code: run code that came with the checkpoint.
         advance: called with the number of tokens written since its last call; they add up to Σ count · length.
 
@@ -57,14 +57,15 @@ def self_samples(
         UserError: a length beyond the model's positions, too little memory, or weights that are not finite.
     """
     folder = Path(folder)
+    checkpoint = Checkpoint(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     for _, length, _ in requests:
         check_length(config, length)
     wanted = [(seed, number, length) for count, length, seed in requests for number in range(count)]
     longest = max(length for *_, length in wanted)
     batch = _batch_size(config, longest, torch.device(device).type)
-    dtype = dtype or _default_dtype(folder, config, device)
-    _require_memory(folder, config, dtype, min(batch, len(wanted)), longest, device)
+    dtype = dtype or choose_dtype("auto", checkpoint, device)
+    _require_memory(checkpoint, config, dtype, min(batch, len(wanted)), longest, device)
     with torch.random.fork_rng(devices=[]):
         model = _loaded(folder, dtype, trust_remote_code)
     model = model.to(device).eval()
@@ -203,25 +204,16 @@ def _batch_size(config: Any, length: int, device_type: str) -> int:
     return max(1, min(MAX_BATCH, CACHE_BYTES[device_type] // _cache_bytes(config, length, 4)))
 
 
-def _stored_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _default_dtype(folder: Path, config: Any, device: str) -> torch.dtype:
-    stored = config.dtype or torch.float32
-    small = torch.device(device).type == "cpu" and _stored_bytes(folder) < SMALL_CHECKPOINT
-    return torch.float32 if small or (device == "cpu" and stored == torch.float16) else stored
-
-
-def _require_memory(folder: Path, config: Any, dtype: torch.dtype, rows: int, length: int, device: str) -> None:
-    stored = config.dtype or torch.float32
-    needed = _stored_bytes(folder) * dtype.itemsize // stored.itemsize
+def _require_memory(
+    checkpoint: Checkpoint, config: Any, dtype: torch.dtype, rows: int, length: int, device: str
+) -> None:  # fmt: skip
+    needed = checkpoint.parameters * dtype.itemsize
     needed += rows * (_cache_bytes(config, length, dtype.itemsize) + 16 * config.get_text_config().vocab_size)
     available = available_memory(device)
     if available is not None and needed > COMFORTABLE * available:
         raise UserError(
             f"sampling from the model needs {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} GiB are available",
-            str(folder), "give a text file: --calibration FILE.txt and --eval-text FILE.txt",
+            str(checkpoint.folder), "give a text file: --calibration FILE.txt and --eval-text FILE.txt",
         )  # fmt: skip
 
 

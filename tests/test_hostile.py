@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmcompress import cli
@@ -25,6 +25,7 @@ from llmcompress.model.checkpoint import INDEX, Checkpoint, inside
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.plausible import BoundedFactories, require_plausible
 from llmcompress.recipe import Recipe, parse_value
+from llmcompress.sampling import self_samples
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 WORDS = st.sampled_from(
@@ -164,6 +165,7 @@ CONFIG_KEYS = st.sampled_from(
         "tie_word_embeddings",
         "num_hidden_layers",
         "quantization_config",
+        "dtype",
     ]
 )
 
@@ -172,6 +174,21 @@ CONFIG_KEYS = st.sampled_from(
 @given(st.dictionaries(CONFIG_KEYS, TREES, max_size=3))
 def test_any_config_opens_or_is_one_line(altered: Callable[..., Path], config: dict[str, Any]) -> None:
     answered(lambda: opened(altered(**config)))
+
+
+@HEAVY
+@given(st.dictionaries(CONFIG_KEYS, TREES, max_size=2))
+@example({"dtype": 7})
+@example({"dtype": None})
+def test_any_config_that_opens_is_sampled_from_or_is_one_line(
+    altered: Callable[..., Path], config: dict[str, Any]
+) -> None:
+    def act() -> None:
+        folder = altered(**config)
+        opened(folder)
+        self_samples(folder, [(1, 4, 0)])
+
+    answered(act)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,11 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(info.nbytes // info.dtype.itemsize for info in self.tensors.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """The floating dtype most weights are stored in."""
         bytes_by_dtype: dict[torch.dtype, int] = defaultdict(int)
