@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -26,29 +27,58 @@ READERS = 8
 _NONE = "nothing"
 
 
+class Hashing:
+    """SHA-256 of everything that is read or copied of a model, found in the background.
+
+    Args:
+        checkpoint: the model.
+        options: whether code that came with it is copied.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
+        weights = {checkpoint.folder / info.file for info in checkpoint.tensors.values()}
+        patterns = COMPANIONS + (REMOTE_CODE if options.trust_remote_code else ())
+        files = sorted({*weights, checkpoint.folder / "config.json", *companions(checkpoint.folder, patterns)})
+        self._pool = ThreadPoolExecutor(min(torch.get_num_threads(), READERS), "hashing")
+        self._closed = Event()
+        self._found = {f.relative_to(checkpoint.folder).as_posix(): self._pool.submit(self._hash, f) for f in files}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def result(self, advance: Callable[[int], None] = lambda files: None) -> dict[str, str]:
+        """By path within the folder, as soon as all are known; ``advance`` is told of every file."""
+        hashes = {}
+        for name, found in self._found.items():
+            hashes[name] = found.result()
+            advance(1)
+        return hashes
+
+    def close(self) -> None:
+        """Ends what is not finished: a run that is refused need not wait for it."""
+        self._closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _hash(self, file: Path) -> str:
+        return sha256(file, lambda: not self._closed.is_set())
+
+
 def identity(
-    name: str, checkpoint: Checkpoint, recipe: Recipe, options: Options, arithmetic: str,
-    advance: Callable[[int], None] = lambda files: None,
+    name: str, hashes: Mapping[str, str], recipe: Recipe, options: Options, arithmetic: str
 ) -> dict[str, Any]:  # fmt: skip
     """As plain JSON.
 
     Args:
         name: of the model, as it was given.
-        checkpoint: all its files are hashed.
+        hashes: of its files.
         recipe: what is done.
         options: those in WITHOUT_EFFECT stay out.
         arithmetic: device and dtype.
-        advance: told of every file that is hashed.
     """
-    hashes, files = {}, hashed_files(checkpoint, options)
-    with ThreadPoolExecutor(min(torch.get_num_threads(), READERS)) as pool:
-        for file, found in zip(files, pool.map(sha256, files), strict=True):
-            hashes[file.relative_to(checkpoint.folder).as_posix()] = found
-            advance(1)
     data = [options.calibration, options.eval_text or ""]
     tree = {
         "model": name,
-        "model files": hashes,
+        "model files": dict(hashes),
         "recipe": {"name": recipe.name, **recipe.to_tree()},
         "options": {f.name: getattr(options, f.name) for f in fields(options) if f.name not in WITHOUT_EFFECT},
         "data": {source: sha256(Path(source)) for source in data if Path(source).is_file()},
@@ -57,13 +87,6 @@ def identity(
     }
     plain: dict[str, Any] = json.loads(json.dumps(tree))
     return plain
-
-
-def hashed_files(checkpoint: Checkpoint, options: Options) -> list[Path]:
-    """Of a model, everything that is read or copied."""
-    weights = {checkpoint.folder / info.file for info in checkpoint.tensors.values()}
-    patterns = COMPANIONS + (REMOTE_CODE if options.trust_remote_code else ())
-    return sorted({*weights, checkpoint.folder / "config.json", *companions(checkpoint.folder, patterns)})
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from llmcompress.export.companions import COMPANIONS, REMOTE_CODE, companions
 from llmcompress.export.destination import RECORD, check_disk_space, sync
 from llmcompress.export.quantized import Scheme, storage_note
 from llmcompress.hidden_states import kept_bytes
-from llmcompress.identity import differences, hashed_files, identity
+from llmcompress.identity import Hashing, differences, identity
 from llmcompress.keeper import Keeper, follow
 from llmcompress.key_values import key_value_scales
 from llmcompress.measure import Phases, peak_memory_bytes, release_file_pages, versions
@@ -75,6 +76,12 @@ class Run:
         """
         if self.team.rank:
             return self._follow(target)
+        self._hashing = Hashing(self.source.checkpoint, self.options)
+        with closing(self._hashing):
+            return self._lead(target, force, resume)
+
+    def _lead(self, target: Path, force: bool, resume: bool) -> Report:
+        """What the process does that writes, alone or before others."""
         if resume and (report := self._finished(target)):
             self.team.told(None)
             return report
@@ -175,10 +182,10 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         source = self.source
         if self._known is None:
-            files = len(hashed_files(source.checkpoint, self.options))
-            with self.phases("hash"), self.progress.phase("hashing the model", files, "file") as advance:
+            hashing = self._hashing
+            with self.phases("hash"), self.progress.phase("hashing the model", len(hashing), "file") as advance:
                 where = arithmetic(source.dtype, source.device, self._asked, self.team.size)
-                self._known = identity(source.name, source.checkpoint, self._asked, self.options, where, advance)
+                self._known = identity(source.name, hashing.result(advance), self._asked, self.options, where)
         return self._known
 
     def _finished(self, target: Path) -> Report | None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -133,11 +133,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
+def sha256(path: Path, wanted: Callable[[], bool] = lambda: True) -> str:
+    """Of a file, in hexadecimal digits; of its beginning if it is ``wanted`` no longer."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
+        while wanted() and (chunk := file.read(1 << 22)):
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
@@ -44,6 +45,13 @@ def canvas(height: float, width: float = WIDTH) -> Iterator[Figure]:
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # text is set in the fonts of the browser
         layout = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72)
         yield Figure(figsize=(width / 72, height / 72), layout=layout)
+
+
+def placed(figure: Figure, left: float, bottom: float, right: float, height: float) -> Axes:
+    """Axes between margins ``left`` and ``right``, so high and so far above the figure's bottom, in points."""
+    wide, high = (72 * float(inches) for inches in figure.get_size_inches())
+    axes: Axes = figure.add_axes((left / wide, bottom / high, (wide - left - right) / wide, height / high))
+    return axes
 
 
 def inline(figure: Figure, key: str, title: str, description: str) -> Markup:

@@ -10,10 +10,10 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from llmcompress.core.profile import decoded
-from llmcompress.pages.drawing import INK, SERIES, canvas, heat_colors, inline
+from llmcompress.pages.drawing import INK, SERIES, canvas, heat_colors, inline, placed
 from llmcompress.pages.maps import kind_of
 from llmcompress.report import GroupReport, Report
 
@@ -66,9 +66,12 @@ def _outliers(
     blocks = len(panels["before"])
     bins = max(len(row) for rows in panels.values() for row in rows)
     height = min(max(12.0 * blocks, 48.0), 240.0)
-    with canvas(len(panels) * (height + 28) + 72) as figure:
-        axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-        for axis, (when, rows) in zip(axes, panels.items(), strict=True):
+    below = 78
+    total = len(panels) * (height + 28) + below
+    with canvas(total) as figure:
+        figure.set_layout_engine("none")  # every figure has the same parts, and to fit them takes longer than to draw
+        for number, (when, rows) in enumerate(panels.items(), 1):
+            axis = placed(figure, 42, total - number * (height + 28), 10, height)
             image = axis.imshow(
                 [row if len(row) == bins else [math.nan] * bins for row in rows], aspect="auto", interpolation="none",
                 cmap=heat_colors(), norm=LogNorm(0.5, top), extent=(0, channels, blocks - 0.5, -0.5),
@@ -77,8 +80,10 @@ def _outliers(
             axis.set_ylabel("block")
             axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             axis.spines[:].set_visible(False)
-        axes[-1].set_xlabel("channel")
-        bar = figure.colorbar(image, ax=list(axes), location="bottom", aspect=40, pad=0.02, label="peak ÷ median peak")
+            axis.tick_params(labelbottom=number == len(panels))
+        axis.set_xlabel("channel")
+        scale = placed(figure, 42, below - 44, 10, 8)
+        bar = figure.colorbar(image, cax=scale, orientation="horizontal", label="peak ÷ median peak")
         bar.ax.xaxis.set_major_locator(FixedLocator([tick for tick in TICKS if tick <= top]))
         bar.ax.xaxis.set_minor_locator(NullLocator())
         bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
@@ -222,6 +227,9 @@ def sensitivity_picture(report: Report) -> Picture | None:
         for values, share, colour, mark in zip(cost, found["tried"], SERIES, "os", strict=False):
             costs.plot(range(len(values)), values, mark, color=colour, markersize=4, label=f"at {share:.0%} zeros")
         costs.set_yscale("log")
+        costs.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        costs.yaxis.set_minor_locator(NullLocator())
+        costs.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         costs.set_ylabel("KL, alone")
         given.bar(range(len(ratios)), [100 * ratio for ratio in ratios], color=SERIES[0], width=0.8)
         given.axhline(100 * found["sparsity"], color=INK, linewidth=0.8)
