@@ -114,7 +114,7 @@ class LatencyBudget:
         if not tried:
             raise UserError(
                 f"the network cannot be made that fast: at its thinnest it takes {least:.0%} of the dense latency",
-                "channels.ratio", "ask for less, or set a smaller channels.multiple",
+                "channels.ratio", "ask for less, or set a smaller channels.least or channels.multiple",
             )  # fmt: skip
         best = min(tried, key=lambda choice: abs(tried[choice] - share))
         self._report(seconds, share, cost.of(best) / seconds, tried[best], least)
@@ -138,7 +138,8 @@ class LatencyBudget:
     def _sizes(self, space: Space) -> list[int]:
         """Ascending numbers of units that a space may keep, of those it may keep in the first round."""
         first = self._first.setdefault(space.name, space)
-        steps = {first.kept(step / SIZES, self.wanted.multiple) for step in range(1, SIZES)}
+        shares = (step / SIZES for step in range(1, SIZES))
+        steps = {first.kept(share, self.wanted.multiple) for share in shares if share >= self.wanted.least}
         return sorted({size for size in steps if size < len(space.units)} | {len(space.units)})
 
     def _cost(

@@ -33,6 +33,8 @@ class ChannelOptions:
         rounds: one-shot, or so many times a part, importances renewed in between.
         repair: the layers that read the channels are solved by least squares for what they gave out before.
         images: at once, whose latency counts where that is the budget.
+        least: share of its channels that a space keeps at least where the latency is the budget; what has few left does
+            not recover.
     """
 
     ratio: float = 0.5
@@ -42,6 +44,7 @@ class ChannelOptions:
     rounds: int = 1
     repair: bool = False
     images: int = 64
+    least: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -49,8 +52,11 @@ class ChannelOptions:
         for key in ("multiple", "rounds", "images"):
             if getattr(self, key) < 1:
                 raise UserError(f"{getattr(self, key)} is not positive", f"channels.{key}", "use 1 or more")
-        if self.budget == "channels" and self.images != ChannelOptions.images:
-            raise UserError("no latency is measured", "channels.images", "leave it out, or set budget: latency")
+        if not 0 <= self.least <= 1:
+            raise UserError(f"{self.least:g} is outside [0, 1]", "channels.least", "write a share such as 0.25")
+        for key in ("images", "least") if self.budget == "channels" else ():
+            if getattr(self, key) != getattr(ChannelOptions, key):
+                raise UserError("no latency is measured", f"channels.{key}", "leave it out, or set budget: latency")
         if self.budget == "latency" and self.importance not in COMPARABLE:
             raise UserError(
                 f"{self.importance} says nothing about channels of different layers", "channels.importance",

@@ -7,6 +7,7 @@ import itertools
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,8 +74,11 @@ class Stairs(Formula):
     block = 4
 
 
-def removed(kind: str, table: LatencyTable, ratio: float = 0.4, multiple: int = 1, rounds: int = 1) -> Removed:
-    module, wanted = nets.network(kind), ChannelOptions(ratio, "latency", "taylor", multiple, rounds, images=4)
+def removed(
+    kind: str, table: LatencyTable, ratio: float = 0.4, multiple: int = 1, rounds: int = 1, least: float = 0.0
+) -> Removed:
+    wanted = ChannelOptions(ratio, "latency", "taylor", multiple, rounds, images=4, least=least)
+    module = nets.network(kind)
     pixels = nets.images(kind, 6)
     images = Images(pixels, torch.arange(6) % 5)
     budget = LatencyBudget(module, wanted, pixels, table, folds=True)
@@ -111,9 +115,16 @@ def test_a_budget_below_the_thinnest_network_is_refused() -> None:
         removed("bottleneck", Formula(), ratio=0.999)
 
 
-def test_images_at_once_are_for_a_budget_of_latency_alone() -> None:
+def test_no_space_keeps_less_than_the_least_share_though_it_were_worth_less() -> None:
+    free, held = (removed("bottleneck", Formula(), 0.6, least=least).channels for least in (0.0, 0.375))
+    assert any(space["after"] < round(0.375 * space["before"]) for space in free)
+    assert all(space["after"] >= round(0.375 * space["before"]) for space in held)
+
+
+@pytest.mark.parametrize("given", [{"images": 8}, {"least": 0.5}])
+def test_what_a_budget_of_latency_needs_is_for_it_alone(given: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="no latency is measured"):
-        ChannelOptions(images=8)
+        ChannelOptions(**given)
 
 
 def test_scores_of_one_space_alone_cannot_fill_a_budget_of_latency() -> None:
