@@ -154,13 +154,13 @@ class Workplace:
             run = kept | {"begun": True}
         self._run = run
 
-    def tokens(self, draw: Callable[[], Rows]) -> Rows:
-        """Calibration and evaluation rows: the kept ones, or those that are drawn now. From here on the run can be
-        gone on with."""
+    def tokens(self, drawn: Rows | None) -> Rows:
+        """Calibration and evaluation rows: the kept ones, or those ``drawn`` where none are kept. From here on the run
+        can be gone on with."""
         path = self.folder / "tokens.safetensors"
-        if not self.resumable:
-            drawn = zip(("rows", "evaluation"), draw(), strict=True)
-            save_file({name: rows.clone() for name, rows in drawn if rows is not None}, path)
+        if drawn is not None:
+            named = zip(("rows", "evaluation"), drawn, strict=True)
+            save_file({name: rows.clone() for name, rows in named if rows is not None}, path)
             sync(path)
             self.keep("run.json", self._run | {"identity": self._identity()})
         kept = load_file(path)

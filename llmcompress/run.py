@@ -125,10 +125,11 @@ class Run:
         needed += kept_bytes(dense, samples * self.options.length)
         check_disk_space(work.output, needed - sum(shard.nbytes for shard in _finished_shards(work, kept)))
         with self.phases("calibration"):
-            tokens, eval_tokens = work.tokens(lambda: draw_tokens(self.source, samples, self.progress))
+            drawn = None if work.goes_on else draw_tokens(self.source, samples, self.progress)
         with self.phases("kernels"), self.progress.phase("preparing kernels", 1):
             warm_up(walked, min(columns for _, columns in shapes.values()))
         release_file_pages()  # the compiler, and what importing went through
+        tokens, eval_tokens = work.tokens(drawn)
         assert tokens is not None
         return self._write(dense, tokens, eval_tokens, work, kept)
 

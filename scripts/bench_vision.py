@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 LAYERS = [(32, 56, 1), (64, 28, 1), (128, 14, 1), (256, 14, 1), (64, 8, 64), (128, 4, 64)]
 #: of the network that is trained here
 WIDE: dict[str, object] = {"inputs": 1, "widths": [32, 64, 128], "blocks": 2, "classes": 10}
-WIDE_EPOCHS, RECOVERY, SEEDS, STEPS = 8, 8, 3, 16
+WIDE_EPOCHS, RECOVERY, SEEDS, STEPS = 8, 8, 6, 16
 IMPORTANCE = "taylor_bn"
 INT8 = {"stages": [{"quantize": {"method": "rtn", "weights": "int8", "activations": "int8-static-asym"}}]}
 
