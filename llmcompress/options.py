@@ -62,3 +62,8 @@ class Options:
     def calibration_rows(self) -> Calibration:
         """Which rows to calibrate on."""
         return Calibration(self.calibration, self.samples, self.length, self.seed)
+
+    @property
+    def replay(self) -> bool:
+        """Whether blocks are replayed."""
+        return self.low_memory or self.offload_activations

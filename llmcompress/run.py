@@ -108,7 +108,7 @@ class Run:
     def _new_walk(self, dense: BlockwiseModel, recipe: Recipe, tokens: Tensor, work: Workplace) -> Walk:
         o = self.options
         return Walk(
-            dense, recipe, tokens, replay=o.low_memory or o.offload_activations,
+            dense, recipe, tokens, replay=o.replay,
             offload=work.folder if o.offload_activations else None, team=self.team, phases=self.phases,
             progress=self.progress,
         )  # fmt: skip
@@ -263,7 +263,7 @@ class Run:
             return recipe
         with self.phases("sensitivity"):
             if work.kept("sensitivity.json") is None:
-                work.keep("sensitivity.json", find_ratios(recipe, dense, tokens, self.progress))
+                work.keep("sensitivity.json", find_ratios(recipe, dense, tokens, self.progress, self.options.replay))
         report.sensitivity = work.kept("sensitivity.json")
         return settled(recipe, report.sensitivity["ratios"])
 
@@ -276,7 +276,7 @@ class Run:
             return recipe
         with self.phases("anneal"):
             if work.kept("search.json") is None:
-                engine = Recompression(dense, tokens, clip.validation, replay=o.low_memory)
+                engine = Recompression(dense, tokens, clip.validation, replay=o.replay)
                 search = Annealing(recipe, engine, o.seed, work.folder / "annealing.json", self.progress)
                 work.keep("search.json", search.run()[1])
         report.search = work.kept("search.json")

@@ -58,7 +58,9 @@ def settled(recipe: Recipe, ratios: Sequence[float]) -> Recipe:
     return replace(recipe, stages=tuple(stages))
 
 
-def find_ratios(recipe: Recipe, model: BlockwiseModel, tokens: Tensor, progress: Progress) -> dict[str, Any]:
+def find_ratios(
+    recipe: Recipe, model: BlockwiseModel, tokens: Tensor, progress: Progress, replay: bool = False
+) -> dict[str, Any]:
     """Measures the blocks and shares the zeros out.
 
     Args:
@@ -66,6 +68,7 @@ def find_ratios(recipe: Recipe, model: BlockwiseModel, tokens: Tensor, progress:
         model: dense, its blocks not loaded.
         tokens: (N, T) calibration rows; N ≥ 2.
         progress: told of every block.
+        replay: as `Walk` takes it.
 
     Returns:
         ``ratios``, one per block, and how they were found, for the report.
@@ -79,7 +82,7 @@ def find_ratios(recipe: Recipe, model: BlockwiseModel, tokens: Tensor, progress:
     limit = min(LIMIT, sparsity / 2, (1 - sparsity) / 2)
     tried = (sparsity - limit / 2, sparsity + limit / 2)
     held = held_back(len(tokens), judging_tokens(tokens.numel()) / tokens.numel())
-    sensitivity = Sensitivity(model, tokens, held)
+    sensitivity = Sensitivity(model, tokens, held, replay)
     plain = replace(stage.method, refit=False, grow=0, target="compressed", ratios=(), ramp=0.0)
     with progress.phase("measuring the blocks' sensitivity", 2 * len(model.blocks), "block") as advance:
         found = [
@@ -111,10 +114,11 @@ class Sensitivity:
         model: dense, its blocks not loaded.
         tokens: (N, T) rows.
         held: numbers of those that judge; the others calibrate.
+        replay: as `Walk` takes it.
     """
 
-    def __init__(self, model: BlockwiseModel, tokens: Tensor, held: Sequence[int]) -> None:
-        self.model, self.judge = model, model.twin()
+    def __init__(self, model: BlockwiseModel, tokens: Tensor, held: Sequence[int], replay: bool = False) -> None:
+        self.model, self.judge, self._replay = model, model.twin(), replay
         judges = torch.zeros(len(tokens), dtype=torch.bool)
         judges[list(held)] = True
         vocabulary = model.model.get_output_embeddings().weight.shape[0]
@@ -135,7 +139,7 @@ class Sensitivity:
         with gates(blocks), Returns(blocks, copied=False) as returned:
             dense = judge.start_forwards(self.validation, head=True)
             entered: list[Any] = [None] * len(dense)
-            for index, finished in enumerate(Walk(self.model, recipe, self.calibration).run()):
+            for index, finished in enumerate(Walk(self.model, recipe, self.calibration, replay=self._replay).run()):
                 alone.append(judge.start_forwards(self.validation, head=True))
                 if index:
                     for forward, value in zip(alone[-1], entered, strict=True):

@@ -3,6 +3,7 @@ one block that are written and judged, and a run against one with the ratios giv
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def test_a_run_writes_what_it_would_with_the_ratios_given_by_hand(source: Path, 
     compress(source, by_hand, tmp_path / "by-hand", options(tmp_path))
     auto, known = (sorted((tmp_path / folder).glob("*.safetensors")) for folder in ("auto", "by-hand"))
     assert [file.read_bytes() for file in auto] == [file.read_bytes() for file in known]
+    frugal = replace(options(tmp_path), low_memory=True)
+    assert compress(source, Recipe.from_tree(RECIPE, "auto"), tmp_path / "low", frugal).sensitivity["ratios"] == ratios
     assert len(set(ratios)) > 1 and [block.sparsity for block in report.blocks] == pytest.approx(ratios, abs=0.01)
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     saved = Report.from_json((tmp_path / "auto" / "report.json").read_text(encoding="utf-8"))
