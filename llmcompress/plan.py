@@ -26,7 +26,7 @@ from llmcompress.recipe import Recipe
 from llmcompress.recompress import affordable_interval, kept_bytes
 from llmcompress.rehearsal import spans
 from llmcompress.restructure import removable
-from llmcompress.sensitivity import judging_tokens, unsettled
+from llmcompress.sensitivity import judging_share, unsettled
 from llmcompress.survey import PlannedGroup, group_lines, planned, survey
 
 #: interpreter, libraries and allocator slack, measured
@@ -112,7 +112,7 @@ def _plan_search(plan: Plan, moves: int, model: BlockwiseModel, tokens: int) -> 
 def _plan_sensitivity(plan: Plan, model: BlockwiseModel, tokens: int) -> None:
     """Adds what finding the blocks' ratios keeps in memory, and how much work it is."""
     hidden = model.model.config.get_text_config().hidden_size
-    judging = judging_tokens(tokens)
+    judging = round(judging_share(tokens) * tokens)
     kept = (len(model.blocks) + 1) * judging * hidden * model.dtype.itemsize
     plan.peak_memory_bytes += kept
     plan.notes.append(

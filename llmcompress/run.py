@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from llmcompress.alone import Sensitivity
 from llmcompress.annealing import Annealing, searched, with_ratios
 from llmcompress.calibration import Calibration, digest
 from llmcompress.determinism import arithmetic, determinism
@@ -44,7 +45,7 @@ from llmcompress.report import Report
 from llmcompress.restructure import copy_blocks, copy_rest, hidden_bytes, removable, restructure
 from llmcompress.resume import KeptBlock, Workplace, folder_of
 from llmcompress.savings import savings
-from llmcompress.sensitivity import find_ratios, settled, unsettled
+from llmcompress.sensitivity import find_ratios, judging_share, settled, unsettled
 from llmcompress.source import HELD_OUT_SEED, Source, draw_tokens
 from llmcompress.walk import Walk
 
@@ -76,8 +77,7 @@ class Run:
         """
         if self.team.rank:
             return self._follow(target)
-        self._hashing = Hashing(self.source.checkpoint, self.options)
-        with closing(self._hashing):
+        with closing(Hashing(self.source.checkpoint, self.options)) as self._hashing:
             return self._lead(target, force, resume)
 
     def _lead(self, target: Path, force: bool, resume: bool) -> Report:
@@ -108,9 +108,8 @@ class Run:
     def _new_walk(self, dense: BlockwiseModel, recipe: Recipe, tokens: Tensor, work: Workplace) -> Walk:
         o = self.options
         return Walk(
-            dense, recipe, tokens, replay=o.replay,
-            offload=work.folder if o.offload_activations else None, team=self.team, phases=self.phases,
-            progress=self.progress,
+            dense, recipe, tokens, replay=o.replay, offload=work.folder if o.offload_activations else None,
+            team=self.team, phases=self.phases, progress=self.progress,
         )  # fmt: skip
 
     def _begin(self, dense: BlockwiseModel, work: Workplace) -> Report:
@@ -263,7 +262,8 @@ class Run:
             return recipe
         with self.phases("sensitivity"):
             if work.kept("sensitivity.json") is None:
-                work.keep("sensitivity.json", find_ratios(recipe, dense, tokens, self.progress, self.options.replay))
+                engine = Sensitivity(dense, tokens, judging_share(tokens.numel()), self.options.replay)
+                work.keep("sensitivity.json", find_ratios(recipe, engine, self.progress))
         report.sensitivity = work.kept("sensitivity.json")
         return settled(recipe, report.sensitivity["ratios"])
 

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 from llmcompress import Recipe, api, compress
+from llmcompress.alone import Sensitivity
 from llmcompress.errors import UserError
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.report import Report
-from llmcompress.sensitivity import LIMIT, Sensitivity, allot
+from llmcompress.sensitivity import LIMIT, allot
 from tests.architectures import tiny_folder
 
 TOKENS = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(1))
-HELD = [1, 5]
 TRIED = (0.4, 0.6)
 BLOCKS = 3
 
@@ -71,9 +71,11 @@ def test_the_cost_of_a_block_is_that_of_a_model_with_it_alone_compressed(source:
     """The same recipe for one block, written and judged by the evaluation."""
     prune = {"prune": {"method": "sparsegpt", "sparsity": 0.6}}
     recipe = Recipe.from_tree({"stages": [prune], "propagate": "dense"}, "all")
-    found = Sensitivity(BlockwiseModel(Checkpoint(source), torch.float32), TOKENS, HELD).costs(recipe)
+    engine = Sensitivity(BlockwiseModel(Checkpoint(source), torch.float32), TOKENS, 0.25)
+    found = engine.costs(recipe)
     judges = torch.zeros(len(TOKENS), dtype=torch.bool)
-    judges[HELD] = True
+    judges[engine.held] = True
+    assert len(engine.held) == 2
     options = api.Options(rows(tmp_path, "calibration", TOKENS[~judges]), 6, 24, dtype="float32",
                           eval_text=rows(tmp_path, "judges", TOKENS[judges]))  # fmt: skip
     for index, one in enumerate(found):

@@ -70,8 +70,8 @@ def test_progress_goes_to_standard_error_one_line_per_block(run: Callable[..., t
     code, out, err = run("--no-eval")
     assert code == 0 and "matrices" in out
     assert [line.split(":")[0] for line in err.splitlines()] == [
-        "hashing the model",
         "preparing kernels",
+        "hashing the model",
         "block 1/2 layers.0",
         "block 2/2 layers.1",
     ]
