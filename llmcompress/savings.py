@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.export.quantized import Scheme
-from llmcompress.runtime.int4 import why_not_int4
-from llmcompress.runtime.int8 import why_not_int8
+from llmcompress.runtime.choose import why_not_int4, why_not_int8
 
 #: titles of the columns
 COLUMNS = ("saving", "on disk", "in memory", "in time: CPU", "in time: GPU", "server")

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.core.kernels import mse_range
-
 if TYPE_CHECKING:
     from llmcompress.core.grid import QuantGrid
 
@@ -35,6 +33,8 @@ def best_trial(
         (groups,) int64.
     """
     if weight is None and values.device.type == "cpu":
+        from llmcompress.core.kernels import mse_range  # here: a model that only runs wants no compiler
+
         return mse_range.best_trial(values.contiguous(), scale, zero, codes)
     best = torch.zeros(len(values), dtype=torch.int64, device=values.device)
     least = torch.full((len(values),), torch.inf, device=values.device)

@@ -21,7 +21,6 @@ from llmcompress.model.load import BlockwiseModel
 from llmcompress.runtime.choose import choose
 from llmcompress.runtime.cuda import Float8CudaLinear, Int8CudaLinear
 from llmcompress.runtime.int4 import W4A16Linear
-from llmcompress.runtime.int8 import W8A8Linear
 from llmcompress.runtime.simulated import simulate
 from llmcompress.runtime.summary import RuntimeSummary, require_kernel
 
@@ -137,4 +136,6 @@ def _linear(
         return Float8CudaLinear(tensors, scheme, bias, device)
     if device != "cpu":
         return Int8CudaLinear(tensors, scheme, bias, device)
+    from llmcompress.runtime.int8 import W8A8Linear  # here, as it brings a compiler into the process
+
     return W8A8Linear(tensors, scheme, bias)

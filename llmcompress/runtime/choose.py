@@ -3,9 +3,38 @@
 from __future__ import annotations
 
 from llmcompress.export.quantized import Scheme
-from llmcompress.runtime.int4 import why_not_int4
-from llmcompress.runtime.int8 import why_not_int8
+from llmcompress.runtime.int4 import GROUPS, kernel_group
 from llmcompress.runtime.summary import KERNELS
+
+
+def why_not_int8(scheme: Scheme) -> str:
+    """Why a Linear of this scheme cannot be multiplied in integers; empty if it can."""
+    weights, inputs = scheme.weights, scheme.activations
+    if inputs is None:
+        return "its inputs are not rounded to integers"
+    if weights.kind != "int":
+        return f"its weights are {weights.kind}, and this processor's kernels multiply integers"
+    if not weights.symmetric:
+        return "its weights are asymmetric"
+    if isinstance(weights.group, int) or isinstance(inputs.group, int):
+        return "scales that change along a row do not leave an integer product"
+    return ""
+
+
+def why_not_int4(scheme: Scheme, rows: int, columns: int) -> str:
+    """Why a Linear (rows, columns) of this scheme cannot run as packed 4-bit codes; empty if it can."""
+    if scheme.weights.kind != "int":
+        return f"its weights are {scheme.weights.kind}, and this processor's kernels multiply integers"
+    if scheme.weights.bits > 4:
+        return f"its weights have {scheme.weights.bits} bits"
+    if scheme.activations is not None:
+        return "its inputs are rounded, which the int4 kernel does not do"
+    if not kernel_group(scheme, columns):
+        own = scheme.weights.group_size(columns)
+        return f"no group of {', '.join(map(str, GROUPS))} columns divides its own of {own}"
+    if rows % 16:
+        return f"its {rows} rows are no multiple of 16"
+    return ""
 
 
 def choose(scheme: Scheme, rows: int, columns: int, runtime: str, device: str = "cpu") -> tuple[str, str]:

@@ -70,7 +70,7 @@ class _CudaLinear(nn.Module):
 
 
 class Int8CudaLinear(_CudaLinear):
-    """Both sides int8, for schemes of which `why_not_int8` is silent."""
+    """Both sides int8, for schemes of which `choose.why_not_int8` is silent."""
 
     def _product(self, codes: Tensor, levels: Levels) -> Tensor:
         missing = max(0, LEAST_ROWS - len(codes))

@@ -29,27 +29,12 @@ GROUPS = (32, 64, 128, 256)
 _PACKED_ROWS = 1024
 
 
-def why_not_int4(scheme: Scheme, rows: int, columns: int) -> str:
-    """Why a Linear (rows, columns) of this scheme cannot run as packed 4-bit codes; empty if it can."""
-    if scheme.weights.kind != "int":
-        return f"its weights are {scheme.weights.kind}, and this processor's kernels multiply integers"
-    if scheme.weights.bits > 4:
-        return f"its weights have {scheme.weights.bits} bits"
-    if scheme.activations is not None:
-        return "its inputs are rounded, which the int4 kernel does not do"
-    if not _kernel_group(scheme, columns):
-        return f"no group of {', '.join(map(str, GROUPS))} columns divides its own of {_group(scheme, columns)}"
-    if rows % 16:
-        return f"its {rows} rows are no multiple of 16"
-    return ""
-
-
 class W4A16Linear(nn.Module):
     """A Linear whose weight is held as two 4-bit codes a byte, in the layout of torch's kernel.
 
     Args:
         tensors: of the stored Linear, by name within it.
-        scheme: for which `why_not_int4` is silent.
+        scheme: for which `choose.why_not_int4` is silent.
         bias: (out,), or None.
     """
 
@@ -58,7 +43,7 @@ class W4A16Linear(nn.Module):
         stored = unpack(tensors, scheme)
         self.out_features, self.in_features = stored.codes.shape
         self.scheme, self.bias = scheme, bias
-        self.group = _kernel_group(scheme, self.in_features)
+        self.group = kernel_group(scheme, self.in_features)
         # Plain attributes, not buffers: in decoding, looking those up is a good part of what surrounds a product.
         self.packed = torch.cat([_packed(part) for part in stored.codes.split(_PACKED_ROWS)])
         self.levels = _kernel_levels(stored.levels, self.out_features, self.in_features // self.group)
@@ -105,13 +90,9 @@ def _packed(codes: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).add_(8), 1)
 
 
-def _group(scheme: Scheme, columns: int) -> int:
-    return scheme.weights.group_size(columns)
-
-
-def _kernel_group(scheme: Scheme, columns: int) -> int:
+def kernel_group(scheme: Scheme, columns: int) -> int:
     """The largest of the kernel's groups within which a scale does not change; 0 if there is none."""
-    own = _group(scheme, columns)
+    own = scheme.weights.group_size(columns)
     return next((size for size in reversed(GROUPS) if own % size == 0), 0)
 
 

@@ -20,20 +20,6 @@ from llmcompress.export.quantized import Scheme, unpack, unpack_activations
 from llmcompress.runtime.rows import ZERO_POINT, row_codes, scaled_rows
 
 
-def why_not_int8(scheme: Scheme) -> str:
-    """Why a Linear of this scheme cannot be multiplied in integers; empty if it can."""
-    weights, inputs = scheme.weights, scheme.activations
-    if inputs is None:
-        return "its inputs are not rounded to integers"
-    if weights.kind != "int":
-        return f"its weights are {weights.kind}, and this processor's kernels multiply integers"
-    if not weights.symmetric:
-        return "its weights are asymmetric"
-    if isinstance(weights.group, int) or isinstance(inputs.group, int):
-        return "scales that change along a row do not leave an integer product"
-    return ""
-
-
 class W8A8Linear(nn.Module):
     """A Linear whose weight is held as int8 codes in oneDNN's layout.
 
@@ -41,7 +27,7 @@ class W8A8Linear(nn.Module):
 
     Args:
         tensors: of the stored Linear, by name within it (``weight``, ``weight_scale``, ``input_scale`` …).
-        scheme: for which `why_not_int8` is silent.
+        scheme: for which `choose.why_not_int8` is silent.
         bias: (out,), or None.
     """
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.export.quantized import Scheme, pack
-from llmcompress.runtime.choose import choose
+from llmcompress.runtime.choose import choose, why_not_int4, why_not_int8
 from llmcompress.runtime.cuda import Float8CudaLinear, Int8CudaLinear
-from llmcompress.runtime.int4 import TILE_TOKENS, W4A16Linear, layout_is_known, why_not_int4
-from llmcompress.runtime.int8 import W8A8Linear, why_not_int8
+from llmcompress.runtime.int4 import TILE_TOKENS, W4A16Linear, layout_is_known
+from llmcompress.runtime.int8 import W8A8Linear
 from llmcompress.runtime.rows import SHARED_ENTRIES, ZERO_POINT, row_codes, scaled_rows
 
 W, A = QuantGrid.parse_weights, QuantGrid.parse_activations

@@ -242,8 +242,11 @@ def test_what_a_model_computes_is_the_same_after_its_file_pages_were_released(
     assert torch.equal(logits(model, tokens), before)
 
 
-def test_a_dense_model_brings_no_compiler_into_its_process(folders: dict[str, Path]) -> None:
-    code = (
-        f"import sys; from llmcompress import load; load({str(folders['dense'])!r}); sys.exit('numba' in sys.modules)"
-    )
+@pytest.mark.parametrize("name", ["dense", "w4a16"])
+def test_running_in_floating_point_brings_no_compiler_into_the_process(folders: dict[str, Path], name: str) -> None:
+    code = f"""
+import sys, torch, llmcompress
+llmcompress.load({str(folders[name])!r})(torch.zeros(1, 64, dtype=torch.int64))
+sys.exit("numba" in sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
