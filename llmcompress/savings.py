@@ -44,11 +44,11 @@ _TWO_OF_FOUR = Saving(
 )  # fmt: skip
 _INT8 = Saving(
     "integer weights and inputs", "yes", f"llmcompress.load, vLLM; {_TRANSFORMERS}",
-    "llmcompress.load (1.4× prefill, 1.3× decode of bfloat16), vLLM", "Turing to Hopper, not Blackwell", "vLLM, SGLang",
+    "llmcompress.load (1.6× prefill, 1.6× decode of bfloat16), vLLM", "Turing to Hopper, not Blackwell", "vLLM, SGLang",
 )  # fmt: skip
 _INT4 = Saving(
     "4-bit weights", "yes", f"llmcompress.load, vLLM; {_TRANSFORMERS}",
-    "llmcompress.load: decode (1.7× of bfloat16), not prefill", "Ampere or newer: decode of small batches",
+    "llmcompress.load: decode (2.2× of bfloat16), not prefill", "Ampere or newer: decode of small batches",
     "vLLM, SGLang",
 )  # fmt: skip
 _FP8_INPUTS = Saving(

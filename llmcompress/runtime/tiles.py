@@ -3,8 +3,8 @@
 torch's layout with AVX-512: rows in blocks of 64; within a block, for each column 32 bytes, whose low halves are rows
 0–31 and high halves rows 32–63. The tile comes out transposed, (columns, rows), which is the order it lies in.
 
-In torch's operations, eight codes a word where words do: a compiled loop takes 0.27 ns a weight for 0.4, which beside
-the product is nothing, and brings 30 MiB of compiler into a process that is to be small."""
+In torch's operations, on eight codes a word where words do. A compiled loop takes half the time, which beside the
+product that follows is little, and brings 32 MB of compiler into a process that is to be small."""
 
 from __future__ import annotations
 
