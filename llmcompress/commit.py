@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmcompress.core.grid import Levels, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup
+from llmcompress.core.sparsity import count_nonzero
 from llmcompress.distributed import ALONE, Team
 from llmcompress.export.quantized import Scheme, experts_note, loadable, pack, stored_bits_per_weight, unsupported
 from llmcompress.model.checkpoint import require_no_overflow
@@ -40,7 +41,8 @@ class Outcome:
 
     Args:
         model: whose modules are written.
-        in_place: False leaves the modules as they are, for tokens that go on through the dense block, until `apply`.
+        in_place: False leaves the modules as they are, for tokens that go on through the dense block, until `settle` or
+            `apply`.
 
     Attributes:
         dense: new values of parameters that stay in floating point, by parameter name, in the stored dtype.
@@ -53,6 +55,7 @@ class Outcome:
         self.dense: dict[str, Tensor] = {}
         self.codes: dict[str, StoredCodes] = {}
         self.warnings: list[str] = []
+        self._unsettled: list[tuple[MatrixView, Tensor]] = []
 
     def working_copies(self, group: InputGroup, targeted: list[str]) -> MatrixGroup:
         """Float32 copies of a group's matrices for the methods; those not ``targeted`` are bystanders."""
@@ -82,6 +85,12 @@ class Outcome:
             if place.norm_input is None:
                 raise RuntimeError(f"{group.name}: the norm that writes its input did not run before it")
             place.x.copy_(group.fold.norm(place.norm_input).view_as(place.x))
+
+    def settle(self) -> None:
+        """The tokens are past what was committed: frees the dense values of matrices that stay in floating point."""
+        for view, stored in self._unsettled:
+            self._put(view, stored)
+        self._unsettled.clear()
 
     def apply(self) -> None:
         """Writes everything that was decided into the modules."""
@@ -147,7 +156,7 @@ class Outcome:
         bits: float = 8 * self.dtype.itemsize
         if stored is not None:
             bits = stored_bits_per_weight(stored.scheme, matrix.columns, self.dtype)
-        zeros = 1 - int(matrix.weight.count_nonzero()) / matrix.weight.numel()
+        zeros = 1 - count_nonzero(matrix.weight) / matrix.weight.numel()
         return MatrixReport(matrix.name, (matrix.weight.shape[0], matrix.columns), zeros, bits, error)
 
     def _commit_matrix(self, view: MatrixView, matrix: Matrix, work: MatrixGroup) -> None:
@@ -161,9 +170,11 @@ class Outcome:
                 work.activations = None
                 subject = self.model.expert_layer(view.name) or view.name  # once for all of a layer's experts
                 self._warn(f"{subject}: rounded weights are stored dense and inputs are not rounded, {why}")
-            stored = matrix.weight.to(self.dtype)
+            matrix.weight = stored = matrix.weight.to(self.dtype)  # of what follows nothing needs more
             require_no_overflow({f"{view.name}.weight": stored})  # or the tokens that go on would be blamed
             self._keep_dense(view, stored)
+            if not self.in_place and view.part is None:  # parts share a tensor, and may be reached one after another
+                self._unsettled.append((view, stored))
         if self.in_place:
             if matrix.unrounded is not None:
                 view.write(matrix.unrounded)

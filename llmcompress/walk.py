@@ -178,7 +178,9 @@ class Walk:
             self._methods = tuple(method.for_block(view) for method in self.recipe.methods)
             if self.recipe.propagate == "pruned":
                 self._methods = keeping_unrounded(self._methods)
-        ahead = self.recipe.propagate == "block"
+        ahead, stays = self.recipe.propagate == "block", self.recipe.propagate == "dense"
+        for lane in lanes if stays and index + 1 < len(self.model.blocks) else ():
+            lane.probe.resume()  # now: weights that the tokens are past will be freed
         passes = [lane.through(index, groups, self.replay, ahead, self.team) for lane in lanes]
         for way in passes[1:]:  # tokens may go to other experts there
             way.served = {number for number, group in enumerate(groups) if self._starved.is_expert(group.name)}
@@ -205,7 +207,7 @@ class Walk:
             if ahead is not None:
                 outcome.apply()
                 lanes[0].through(index, groups, self.replay).finish(ahead.rounding, ahead.output_rounding)
-            for lane in lanes:
+            for lane in lanes if self.recipe.propagate != "dense" else ():
                 lane.probe.resume()
 
     def _go_on(
@@ -217,6 +219,8 @@ class Walk:
         """
         with self.phases("forward"):
             first = next(arrivals[0], None)
+            if self.recipe.propagate == "dense" and not self.replay:
+                outcome.settle()
             alone = first is not None and self._starved.is_expert(groups[first[0]].name)
             arrived = [first, *(next(lane, None) for lane in ([] if alone else arrivals[1:]))]
         if any((at and at[0]) != (first and first[0]) for at in arrived):

@@ -115,6 +115,14 @@ class Sparsity:
         return keep.view_as(score)
 
 
+def count_nonzero(values: Tensor) -> int:
+    """As torch's, which takes six times as long. Sums of 128 words of eight answers each do not overflow a byte."""
+    answers = values.ne(0).flatten()
+    whole = len(answers) // 1024 * 1024
+    sums = answers[:whole].view(torch.int64).view(-1, 128).sum(1)
+    return int(sums.view(torch.uint8).sum()) + int(answers[whole:].sum())
+
+
 def _lowest(score: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` lowest scores along the last axis."""
     return torch.topk(score, count, dim=-1, largest=False, sorted=False).indices
