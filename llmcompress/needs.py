@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from llmcompress.core.group import Matrix, MatrixGroup, run_methods
-from llmcompress.core.stats import InputStats
+from llmcompress.core.kernels.gram_cpu import LEAST_WIDTH
+from llmcompress.core.stats import InputStats, add_gram
 from llmcompress.lane import ERROR_ROWS
 from llmcompress.recipe import Recipe
 
@@ -16,15 +17,19 @@ def samples_needed(recipe: Recipe, samples: int, length: int) -> int:
     return samples if needs_of(recipe) else min(samples, -(-ERROR_ROWS // length))
 
 
-def warm_up(recipe: Recipe, width: int) -> None:
+def warm_up(recipe: Recipe, width: int, dtype: torch.dtype) -> None:
     """Runs the recipe's steps once on a few random rows and outputs, so that compiled kernels are ready (and announced
     as what they are) before the first block.
 
     Args:
         width: input columns, such as the recipe's patterns and groups divide.
+        dtype: of the rows in the walk.
     """
     rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
-    stats = InputStats(width, needs_of(recipe), length=16)
+    needs = needs_of(recipe)
+    if needs & {"gram", "rows"}:
+        add_gram(torch.zeros(LEAST_WIDTH, LEAST_WIDTH), torch.zeros(2, LEAST_WIDTH, dtype=dtype))
+    stats = InputStats(width, needs, length=16)
     stats.update(rows, rows)
     run_methods(recipe.methods, MatrixGroup([Matrix("warm-up", rows[:16].clone())]), stats)
 

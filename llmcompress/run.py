@@ -126,7 +126,7 @@ class Run:
         with self.phases("calibration"):
             drawn = None if work.goes_on else draw_tokens(self.source, samples, self.progress)
         with self.phases("kernels"), self.progress.phase("preparing kernels", 1):
-            warm_up(walked, min(columns for _, columns in shapes.values()))
+            warm_up(walked, min(columns for _, columns in shapes.values()), dense.dtype)
         release_file_pages()  # the compiler, and what importing went through
         tokens, eval_tokens = work.tokens(drawn)
         assert tokens is not None

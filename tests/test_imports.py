@@ -54,7 +54,7 @@ def test_an_import_is_seen_wherever_it_stands() -> None:
 
 
 def test_core_imports_nothing_but_tensors() -> None:
-    third_parties = {"torch", "triton", "numba", "numpy", "scipy", "llmcompress"}
+    third_parties = {"torch", "triton", "numba", "llvmlite", "numpy", "scipy", "llmcompress"}
     for module, path in modules("core"):
         names = imports(path.read_text(encoding="utf-8"), module)
         strangers = {name.split(".")[0] for name in names} - third_parties - set(sys.stdlib_module_names)

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = {
     "torch", "transformers", "accelerate", "datasets", "safetensors", "compressed-tensors",
-    "numba", "greenlet", "scipy", "pyyaml", "tqdm", "matplotlib", "jinja2",
+    "numba", "llvmlite", "greenlet", "scipy", "pyyaml", "tqdm", "matplotlib", "jinja2",
 }  # fmt: skip
 
 

@@ -33,10 +33,11 @@ def walk(
     return list(Walk(model, Recipe.from_tree(tree, "test"), TOKENS, replay=replay).run())
 
 
+@pytest.mark.parametrize("propagate", ["compressed", "dense"])
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_replay_equals_suspended(model_type: str, tmp_path: Path) -> None:
-    path = tiny_folder(tmp_path, model_type)
-    for one, two in zip(walk(path), walk(path, replay=True), strict=True):
+def test_replay_equals_suspended(model_type: str, propagate: str, tmp_path: Path) -> None:
+    path, tree = tiny_folder(tmp_path, model_type), {**JOINT, "propagate": propagate}
+    for one, two in zip(walk(path, tree), walk(path, tree, replay=True), strict=True):
         assert one.tensors.keys() == two.tensors.keys()
         assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
 
@@ -185,6 +186,15 @@ def test_propagating_dense_inputs_calibrates_every_group_on_the_dense_model(tmp_
         torch.testing.assert_close(stats.gram.double(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(finished[0].tensors[name], dense.get_parameter(name) / 2)
+
+
+def test_dense_weights_that_the_tokens_are_past_are_freed(tmp_path: Path) -> None:
+    model = BlockwiseModel(Checkpoint(tiny_folder(tmp_path)), torch.float32)
+    recipe = Recipe.from_tree({"stages": JOINT["stages"][:1], "propagate": "dense"}, "test")
+    for finished in Walk(model, recipe, TOKENS).run():
+        stored = {name: tensor for name, tensor in finished.tensors.items() if "proj" in name}
+        assert len(stored) == 7
+        assert all(model.model.get_parameter(n).data_ptr() == tensor.data_ptr() for n, tensor in stored.items())
 
 
 @pytest.mark.parametrize("replay", [False, True])

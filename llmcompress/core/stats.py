@@ -10,6 +10,7 @@ import torch
 from scipy.linalg.blas import ssyrk
 from torch import Tensor
 
+from llmcompress.core.kernels import gram_cpu
 from llmcompress.core.kernels.moments_cpu import add_squares
 
 #: what a method may ask for
@@ -74,16 +75,21 @@ class InputStats:
             self.rows.append(x)
         if x.shape[0] == 0 or not self.sums:
             return
-        if self.sums.keys() == {"squares"} and self.clip == math.inf and x.device.type == "cpu":
+        whole, rest = self.clip == math.inf, set(self.sums)
+        if whole and "gram" in rest and gram_cpu.multiplies(x):
+            add_gram(self.sums["gram"], x)
+            rest.remove("gram")
+        if whole and rest == {"squares"} and x.device.type == "cpu":
             add_squares(self.sums["squares"], x)
             return
-        for part, same in zip(pieces(x), pieces(x if dense is None else dense), strict=True):
-            self._add(part, same)
+        for part, same in zip(pieces(x), pieces(x if dense is None else dense), strict=True) if rest else ():
+            self._add(rest, part, same)
 
-    def _add(self, x32: Tensor, dense: Tensor) -> None:
+    def _add(self, kinds: set[str], x32: Tensor, dense: Tensor) -> None:
         if self.clip < math.inf:
             x32 = x32.clamp(-self.clip, self.clip)
-        for kind, total in self.sums.items():
+        for kind in sorted(kinds):
+            total = self.sums[kind]
             if kind == "absmax":
                 torch.maximum(total, x32.abs().amax(0), out=total)
             elif kind == "low":
@@ -190,18 +196,23 @@ def pieces(x: Tensor) -> Iterator[Tensor]:
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """``total += xᵀx`` for float32 ``x`` (tokens, in); only the upper triangle of ``total`` counts.
+    """``total += xᵀx`` for float32 or bfloat16 ``x`` (tokens, in); only the upper triangle of ``total`` counts.
 
-    Half the work of a matrix product: BLAS's symmetric update on a CPU, or products of blocks of columns. Narrow
-    matrices take the blocks on a CPU too: waking the threads of a second library would cost more than it saves.
+    Half the work of a matrix product: our kernel for bfloat16 where the processor has the instruction, else BLAS's
+    symmetric update on a CPU, or products of blocks of columns. Narrow matrices take the blocks on a CPU too: waking
+    the threads of a second library would cost more than it saves.
     """
     width = x.shape[1]
-    if x.device.type == "cpu" and width >= SYRK_WIDTH:
-        # row-major upper is column-major lower; the update happens inside of ``total``
-        ssyrk(1.0, x.contiguous().numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1, lower=1)
+    if gram_cpu.multiplies(x):
+        gram_cpu.add_gram(total, x)
         return
-    for i in range(0, width, GRAM_BLOCK):
-        total[i : i + GRAM_BLOCK, i:].addmm_(x[:, i : i + GRAM_BLOCK].T, x[:, i:])
+    for part in pieces(x):
+        if x.device.type == "cpu" and width >= SYRK_WIDTH:
+            # row-major upper is column-major lower; the update happens inside of ``total``
+            ssyrk(1.0, part.contiguous().numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1, lower=1)
+            continue
+        for i in range(0, width, GRAM_BLOCK):
+            total[i : i + GRAM_BLOCK, i:].addmm_(part[:, i : i + GRAM_BLOCK].T, part[:, i:])
 
 
 def mirror(matrix: Tensor, block: int = 512) -> Tensor:

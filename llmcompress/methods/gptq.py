@@ -19,7 +19,7 @@ from torch import Tensor
 from llmcompress.core.grid import QuantGrid, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.sparsity import Sparsity
-from llmcompress.core.stats import InputStats, add_gram, mirror, pieces
+from llmcompress.core.stats import UPDATE_ENTRIES, InputStats, add_gram, mirror
 from llmcompress.core.sweep import sweep
 from llmcompress.core.targets import Mask, Round
 from llmcompress.errors import UserError
@@ -145,9 +145,9 @@ class GPTQ(Method):
 
 
 def run_time_gram(group: MatrixGroup, stats: InputStats) -> Tensor:
-    """(in, in) Gram matrix per token of the rows as the group will see them: smoothed, then rounded."""
+    """(in, in) Gram matrix per token of the rows as the group will see them: smoothed, then rounded, in their dtype."""
     total = torch.zeros(stats.width, stats.width, device=stats.rows[0].device)
     for x in stats.rows:
-        for part in pieces(x):
-            add_gram(total, group.inputs_at_run_time(part))
+        for part in x.split(max(UPDATE_ENTRIES // stats.width, 1)):
+            add_gram(total, group.inputs_at_run_time(part).to(x.dtype))
     return mirror(total.div_(max(stats.count, 1)))

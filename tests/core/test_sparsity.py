@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcompress.core.sparsity import Sparsity
+from llmcompress.core.sparsity import Sparsity, count_nonzero
 from llmcompress.errors import UserError
 
 
@@ -115,3 +115,15 @@ def test_ratios_that_blocks_cannot_have_are_refused(sparsity: str, ratios: tuple
     with pytest.raises(UserError, match=what):
         Sparsity.parse(sparsity).check_ratios(ratios)
     Sparsity.parse(sparsity).check_ratios(())
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (5, 7), (32, 32), (33, 1024), (300, 1001)])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_weights_that_are_not_zero_are_counted_as_torch_does(
+    shape: tuple[int, int], share: float, dtype: torch.dtype
+) -> None:
+    values = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < share).to(dtype)
+    values = values * -3
+    assert count_nonzero(values) == int(values.count_nonzero())
+    assert count_nonzero(values.T) == int(values.count_nonzero())
