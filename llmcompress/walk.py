@@ -102,6 +102,7 @@ class Walk:
         used = tokens[: samples_needed(recipe, *tokens.shape)]
         self.samples, self.tokens, self._probe = len(used), team.share(used), used[:1, :PROBE_TOKENS]
         self.team = team
+        self._stays_dense = recipe.propagate == "dense"
         self._smooths = any(method.stage == "smooth" for method in recipe.methods)
         self._batch = min((method.batch for method in recipe.methods if method.batch), default=None)
         self._methods = recipe.methods  # as they are bound to the present block
@@ -178,8 +179,8 @@ class Walk:
             self._methods = tuple(method.for_block(view) for method in self.recipe.methods)
             if self.recipe.propagate == "pruned":
                 self._methods = keeping_unrounded(self._methods)
-        ahead, stays = self.recipe.propagate == "block", self.recipe.propagate == "dense"
-        for lane in lanes if stays and index + 1 < len(self.model.blocks) else ():
+        ahead = self.recipe.propagate == "block"
+        for lane in lanes if self._stays_dense and index + 1 < len(self.model.blocks) else ():
             lane.probe.resume()  # now: weights that the tokens are past will be freed
         passes = [lane.through(index, groups, self.replay, ahead, self.team) for lane in lanes]
         for way in passes[1:]:  # tokens may go to other experts there
@@ -207,7 +208,7 @@ class Walk:
             if ahead is not None:
                 outcome.apply()
                 lanes[0].through(index, groups, self.replay).finish(ahead.rounding, ahead.output_rounding)
-            for lane in lanes if self.recipe.propagate != "dense" else ():
+            for lane in lanes if not self._stays_dense else ():
                 lane.probe.resume()
 
     def _go_on(
@@ -219,7 +220,7 @@ class Walk:
         """
         with self.phases("forward"):
             first = next(arrivals[0], None)
-            if self.recipe.propagate == "dense" and not self.replay:
+            if self._stays_dense and not self.replay:
                 outcome.settle()
             alone = first is not None and self._starved.is_expert(groups[first[0]].name)
             arrived = [first, *(next(lane, None) for lane in ([] if alone else arrivals[1:]))]
