@@ -3,8 +3,10 @@ which would spin beside torch's."""
 
 from __future__ import annotations
 
-import threading
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 
 def share(kernel: Callable[..., None], size: int, unit: int, threads: int, *arguments: object) -> None:
@@ -19,10 +21,18 @@ def share(kernel: Callable[..., None], size: int, unit: int, threads: int, *argu
     units = -(-size // unit)
     span = -(-units // max(1, min(threads, units))) * unit if units else 1
     spans = [(first, min(first + span, size)) for first in range(0, size, span)]
-    others = [threading.Thread(target=kernel, args=(*ends, *arguments)) for ends in spans[1:]]
-    for thread in others:
-        thread.start()
+    others = [_helpers(threads).submit(kernel, *ends, *arguments) for ends in spans[1:]]
     for ends in spans[:1]:
         kernel(*ends, *arguments)
-    for thread in others:
-        thread.join()
+    for other in others:
+        other.result()
+
+
+@cache
+def _helpers(threads: int) -> ThreadPoolExecutor:
+    """Threads that wait for work, which costs a call half of what starting them does."""
+    return ThreadPoolExecutor(threads - 1, "kernel")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a child has none of its parent's threads
