@@ -21,10 +21,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program has it; is read when torch is loaded
 
 import torch
 from random_checkpoint import PRESETS, Shape, write_checkpoint
@@ -71,10 +74,11 @@ def left_looking_products(factor: Factor, E: Tensor) -> None:
         torch.mm(V[:b, b : b + BLOCK].T, E[:b])
 
 
-def run_sweep(W: Tensor, factor: Factor, sparsity: str | None, grid: str | None) -> None:
+def run_sweep(W: Tensor, factor: Factor, out: Tensor, sparsity: str | None, grid: str | None) -> None:
+    """As a method does, into memory that is there."""
     mask = Mask(Sparsity.parse(sparsity), factor.V.diagonal(), len(W)) if sparsity else None
     rounding = Round(QuantGrid.parse_weights(grid), W, torch.bfloat16, mask) if grid else None
-    sweep(W, factor, mask, rounding)
+    sweep(W, factor, mask, rounding, out)
 
 
 def operations(rows: int, columns: int, tokens: int) -> dict[str, float]:
@@ -106,7 +110,7 @@ class Problem:
         self.total = torch.zeros(columns, columns)
         add_gram(self.total, self.inputs)
         self.H = mirror(self.total / tokens)
-        self.factor = factorise(self.H)
+        self.factor, self.Q = factorise(self.H), torch.empty_like(self.W)
 
     def primitives(self) -> dict[str, Callable[[], object]]:
         """What each phase cannot do without."""
@@ -121,10 +125,11 @@ class Problem:
 
     def phases(self) -> dict[str, Callable[[], object]]:
         """The project's own code."""
+        job = (self.W, self.factor, self.Q)
         return {
             "gram": lambda: add_gram(self.total, self.inputs),
             "cholesky": lambda: factorise(self.H),
-        } | {name: lambda target=target: run_sweep(self.W, self.factor, *target) for name, target in TARGETS.items()}
+        } | {name: lambda target=target: run_sweep(*job, *target) for name, target in TARGETS.items()}
 
 
 def measure(rows: int, columns: int, tokens: int, rounds: int) -> dict[str, object]:

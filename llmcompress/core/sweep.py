@@ -20,6 +20,7 @@ from itertools import pairwise
 from types import ModuleType
 
 import torch
+from numba.core import config
 from scipy.linalg.lapack import dpotrf, spotrf
 from torch import Tensor
 
@@ -187,13 +188,13 @@ def _sweep_rows(
     kernels: ModuleType, W: Tensor, Q: Tensor, V: Tensor, mask: Mask | None, rounding: Round | None
 ) -> None:  # fmt: skip
     """The sweep of rows that are decided together, block by block of columns, into ``Q``."""
-    E = W.new_empty(W.shape[1], W.shape[0])  # (in, out)
+    E, sums = W.new_empty(W.shape[1], W.shape[0]), W.new_empty(BLOCK, W.shape[0])  # (in, out), (≤ block, out)
     outside: list[ColumnTarget] = [
         t for t in (mask, rounding) if t is not None and t.group and not (t is mask and mask.sparsity.m)
     ]
     for block in _blocks(len(V), mask.sparsity.m if mask else 0, [t.group for t in outside], kernels.COLUMNS):
         b = block[0].start
-        carried = V[:b, b : block[-1].stop].T @ E[:b]  # (block, out)
+        carried = torch.mm(V[:b, b : block[-1].stop].T, E[:b], out=sums[: block[-1].stop - b])
         for now in block:
             S = carried[now.start - b : now.stop - b]
             if now.start > b:
@@ -271,8 +272,9 @@ def _compiled(rounding: Round | None, device: torch.device) -> bool:
 
 
 def kernels_for(device: torch.device) -> ModuleType | None:
-    """The module of compiled kernels for a device: numba's on a CPU, Triton's on CUDA where it is installed."""
-    if device.type == "cpu":
+    """The module of compiled kernels for a device: numba's on a CPU, unless numba is told not to compile, Triton's on
+    CUDA where it is installed."""
+    if device.type == "cpu" and not config.DISABLE_JIT:
         return sweep_cpu
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         return importlib.import_module("llmcompress.core.kernels.sweep_cuda")

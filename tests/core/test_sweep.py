@@ -102,6 +102,19 @@ def test_kernel_equals_the_reference(sparsity, grid):
         assert rows_alike.all()
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "sparsity"),
+    [(1, 1, "0.5"), (15, 7, "0.5"), (17, 20, "2:5"), (33, 44, "4:11"), (129, 301, "0.5"),
+     (16, 320, "16:32"), (5, 270, "1:2")],
+)  # fmt: skip
+def test_rows_and_columns_that_fill_no_tile_are_taken_like_others(rows, columns, sparsity):
+    W, H = problem(rows, columns)
+    factor = factorise(H)
+    (mask, _), (expected, _) = (targets_of(W, factor, sparsity) for _ in range(2))
+    torch.testing.assert_close(sweep(W, factor, mask), sweep_reference(W, factor, [expected]), atol=1e-4, rtol=0)
+    assert torch.equal(mask.keep, expected.keep)
+
+
 def test_loss_is_the_norm_of_the_error_times_the_factor():
     W, H = problem()
     factor = factorise(H, damping=0.1)

@@ -7,18 +7,15 @@ only tiles of the upper triangle are computed. Every tile is one thread's: any n
 
 from __future__ import annotations
 
-from functools import cache
-
-import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
-from numba.core import config
 from numba.extending import intrinsic
 from torch import Tensor
 
 from llmcompress.core.kernels.threads import share
+from llmcompress.core.kernels.vectors import ADDRESS, WORD, everywhere, host_has, load, pointer
 
 #: columns of a panel: two registers of 16 sums
 PANEL = 32
@@ -43,14 +40,13 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-_WORD, _ADDRESS = ir.IntType(32), ir.IntType(64)
-_WORDS, _PAIRS, _SUMS = ir.VectorType(_WORD, 16), ir.VectorType(_BFloat(), 32), ir.VectorType(ir.FloatType(), 16)
+_WORDS, _PAIRS, _SUMS = ir.VectorType(WORD, 16), ir.VectorType(_BFloat(), 32), ir.VectorType(ir.FloatType(), 16)
 
 
 def multiplies(x: Tensor) -> bool:
     """Whether rows ``x`` (tokens, in) can be taken here."""
     fits = x.shape[1] % PANEL == 0 and x.shape[1] >= LEAST_WIDTH
-    return fits and x.dtype == torch.bfloat16 and x.device.type == "cpu" and _has_instruction()
+    return fits and x.dtype == torch.bfloat16 and x.device.type == "cpu" and host_has("avx512bf16")
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
@@ -64,16 +60,9 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     for rows in x.split(2 * PAIRS):
         if len(rows) % 2:
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        pairs = np.empty((panels, len(rows) // 2, PANEL), np.uint32)
+        pairs = torch.empty(panels, len(rows) // 2, PANEL, dtype=torch.uint32).numpy()  # starts at a cache line
         share(_pair, panels, 1, threads, rows.contiguous().view(torch.uint16).numpy(), pairs)
         share(_add_panels, panels, 2, threads, pairs, total.numpy())
-
-
-@cache
-def _has_instruction() -> bool:
-    """Not so if numba was told to compile for another processor, or not to compile."""
-    told = config.CPU_NAME or config.CPU_FEATURES or config.DISABLE_JIT
-    return not told and bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
 
 
 @njit(nogil=True, cache=True)
@@ -117,18 +106,18 @@ def _add_tile(typing_context, left, right, tile, of_row, count):
         builder.branch(loop)
 
         builder.position_at_end(loop)
-        k, sums = builder.phi(_ADDRESS), {place: builder.phi(_SUMS) for place in places}
-        offset = builder.mul(k, _ADDRESS(4 * PANEL))
-        columns = [_load(builder, right, offset, 64 * half, _WORDS) for half in range(2)]
-        rows = [_everywhere(builder, _load(builder, left, offset, 4 * r, _WORD)) for r in range(TILE)]
+        k, sums = builder.phi(ADDRESS), {place: builder.phi(_SUMS) for place in places}
+        offset = builder.mul(k, ADDRESS(4 * PANEL))
+        columns = [load(builder, right, offset, 64 * half, _WORDS) for half in range(2)]
+        rows = [everywhere(builder, load(builder, left, offset, 4 * r, WORD), 16) for r in range(TILE)]
         new = {
             (r, half): builder.call(
                 product, (sums[r, half], builder.bitcast(rows[r], _PAIRS), builder.bitcast(columns[half], _PAIRS))
             )
             for r, half in places
         }
-        following = builder.add(k, _ADDRESS(1))
-        for phi, first, value in [(k, _ADDRESS(0), following)] + [
+        following = builder.add(k, ADDRESS(1))
+        for phi, first, value in [(k, ADDRESS(0), following)] + [
             (sums[p], ir.Constant(_SUMS, [0.0] * 16), new[p]) for p in places
         ]:
             phi.add_incoming(first, entry)
@@ -137,25 +126,9 @@ def _add_tile(typing_context, left, right, tile, of_row, count):
 
         builder.position_at_end(after)
         for r, half in places:
-            offset = builder.mul(of_row, _ADDRESS(r))
-            whole = builder.fadd(_load(builder, tile, offset, 64 * half, _SUMS), new[r, half])
-            builder.store(whole, _pointer(builder, tile, offset, 64 * half, _SUMS), align=4)
+            offset = builder.mul(of_row, ADDRESS(r))
+            whole = builder.fadd(load(builder, tile, offset, 64 * half, _SUMS), new[r, half])
+            builder.store(whole, pointer(builder, tile, offset, 64 * half, _SUMS), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64, types.int64), generate
-
-
-def _pointer(builder, address, offset, more, kind):
-    return builder.inttoptr(builder.add(builder.add(address, offset), _ADDRESS(more)), kind.as_pointer())
-
-
-def _load(builder, address, offset, more, kind):
-    return builder.load(_pointer(builder, address, offset, more, kind), align=4)
-
-
-def _everywhere(builder, word):
-    """The word in all lanes."""
-    undefined = ir.Constant(_WORDS, ir.Undefined)
-    return builder.shuffle_vector(
-        builder.insert_element(undefined, word, _WORD(0)), undefined, ir.Constant(_WORDS, None)
-    )

@@ -2,51 +2,116 @@
 
 Rows are independent, so a task is a tile of rows. Tiles are held transposed, (columns, rows): the innermost loops
 then run over rows, contiguous and of fixed number, and become vector instructions. They are small local copies: in
-the matrices themselves, consecutive columns lie a power of two apart and would fight for the same cache lines."""
+the matrices themselves, consecutive columns lie a power of two apart and would fight for the same cache lines.
+What earlier columns carry over is summed up for a panel of columns at a time, in registers."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from llmcompress.core.kernels.threads import share
+from llmcompress.core.kernels.vectors import ADDRESS, FLOAT, FLOATS, LANES, everywhere, load, pointer, transpose
 
 #: most columns per call: more and a tile's share of the factor leaves the cache
 COLUMNS = 256
 #: rows per tile; a multiple of the widest vector register
 TILE = 128
+#: columns of a panel: as many sums are under way at once, which hides how long one takes
+PANEL = 8
 #: multiplications and additions may be fused; nothing else is loosened
 FAST = {"contract", "nsz"}
 _NONE = torch.empty(0)
 
 
+@intrinsic
+def _add_products(typing_context, total, error, V, of_row, count):
+    """``total[k] += Σ_i error[i] · V[i, k]`` for the PANEL columns k and ``count`` > 0 earlier columns i.
+
+    All but the count are addresses, of rows of a tile and of the panel in V, and ``of_row`` the bytes from one row of V
+    to the next."""
+
+    def generate(context, builder, signature, arguments):
+        total, error, V, of_row, count = arguments
+        entry, begin, loop, end, after = (
+            builder.block, *map(builder.append_basic_block, ("begin", "columns", "end", "after"))
+        )  # fmt: skip
+        builder.branch(begin)
+
+        builder.position_at_end(begin)
+        r = builder.phi(ADDRESS)
+        old = [load(builder, total, r, 4 * TILE * k, FLOATS, align=4 * LANES) for k in range(PANEL)]
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        i, sums = builder.phi(ADDRESS), [builder.phi(FLOATS) for _ in range(PANEL)]
+        here = builder.add(builder.mul(i, ADDRESS(4 * TILE)), r)
+        errors, row = load(builder, error, here, 0, FLOATS, align=4 * LANES), builder.mul(i, of_row)
+        factors = [everywhere(builder, load(builder, V, row, 4 * k, FLOAT), LANES) for k in range(PANEL)]
+        products = [builder.fmul(errors, factor, flags=("contract",)) for factor in factors]
+        new = [builder.fadd(*pair, flags=("contract",)) for pair in zip(products, sums, strict=True)]
+        following = builder.add(i, ADDRESS(1))
+        for phi, first, value in [(i, ADDRESS(0), following), *zip(sums, old, new, strict=True)]:
+            phi.add_incoming(first, begin)
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, count), loop, end)
+
+        builder.position_at_end(end)
+        for k in range(PANEL):
+            builder.store(new[k], pointer(builder, total, r, 4 * TILE * k, FLOATS), align=4 * LANES)
+        r.add_incoming(ADDRESS(0), entry)
+        r.add_incoming(rows_done := builder.add(r, ADDRESS(4 * LANES)), end)
+        builder.cbranch(builder.icmp_signed("<", rows_done, ADDRESS(4 * TILE)), begin, after)
+
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64, types.int64), generate
+
+
+@njit(fastmath=FAST)
+def _carry_panel(total, error, V, first, last):
+    """total[k] += Σ_{i < first} error_i V_ik for the columns from ``first`` to ``last``."""
+    whole = last - (last - first) % PANEL if first else first
+    for k in range(first, whole, PANEL):
+        factors = V.ctypes.data + 4 * k
+        _add_products(total.ctypes.data + 4 * TILE * k, error.ctypes.data, factors, 4 * V.shape[1], first)
+    for k in range(whole, last):
+        _carry(total[k], error, V, 0, first, k)
+
+
 @njit(fastmath=FAST)
 def _carry(total, error, V, first, last, k):
-    """total += Σ_{first ≤ i < last} error_i V_ik, eight columns at a time so that ``total`` stays in registers."""
-    tail = last - (last - first) % 8
-    for i in range(first, tail, 8):
-        e0, e1, e2, e3 = error[i], error[i + 1], error[i + 2], error[i + 3]
-        e4, e5, e6, e7 = error[i + 4], error[i + 5], error[i + 6], error[i + 7]
-        v0, v1, v2, v3 = V[i, k], V[i + 1, k], V[i + 2, k], V[i + 3, k]
-        v4, v5, v6, v7 = V[i + 4, k], V[i + 5, k], V[i + 6, k], V[i + 7, k]
+    """total += Σ_{first ≤ i < last} error_i V_ik, for few columns."""
+    for i in range(first, last):
+        e, v = error[i], V[i, k]
         for r in range(TILE):
-            near = e0[r] * v0 + e1[r] * v1 + e2[r] * v2 + e3[r] * v3
-            total[r] += near + (e4[r] * v4 + e5[r] * v5 + e6[r] * v6 + e7[r] * v7)
-    for i in range(tail, last):
-        e0, v0 = error[i], V[i, k]
-        for r in range(TILE):
-            total[r] += e0[r] * v0
+            total[r] += e[r] * v
+
+
+@njit(fastmath=FAST)
+def _tile(columns):
+    """(columns, TILE) float32 that starts at a cache line, not yet filled."""
+    whole = np.empty(columns * TILE + 16, np.float32)
+    skip = (-(whole.ctypes.data // 4)) % 16
+    return whole[skip : skip + columns * TILE].reshape(columns, TILE)
 
 
 @njit(fastmath=FAST)
 def _load_rows(tile, matrix, start, width, first):
     """tile (columns, TILE) from rows ``start`` … of a row-major matrix, columns ``first`` …"""
-    for r in range(width):
-        for k in range(tile.shape[0]):
+    columns, of_row = tile.shape[0], 4 * matrix.shape[1]
+    rows, full = width // LANES * LANES, columns // LANES * LANES
+    source = matrix.ctypes.data + start * of_row + 4 * first
+    for r in range(0, rows, LANES):
+        for k in range(0, full, LANES):
+            transpose(source + r * of_row + 4 * k, of_row, tile.ctypes.data + 4 * (k * TILE + r), 4 * TILE)
+    for k in range(columns):
+        for r in range(rows if k < full else 0, width):
             tile[k, r] = matrix[start + r, first + k]
-    for k in range(tile.shape[0]):
         for r in range(width, TILE):
             tile[k, r] = 0
 
@@ -64,8 +129,14 @@ def _load(tile, matrix, start, width):
 @njit(fastmath=FAST)
 def _store_rows(matrix, tile, start, width, first):
     """The inverse of `_load_rows`."""
-    for r in range(width):
-        for k in range(tile.shape[0]):
+    columns, of_row = tile.shape[0], 4 * matrix.shape[1]
+    rows, full = width // LANES * LANES, columns // LANES * LANES
+    target = matrix.ctypes.data + start * of_row + 4 * first
+    for r in range(0, rows, LANES):
+        for k in range(0, full, LANES):
+            transpose(tile.ctypes.data + 4 * (k * TILE + r), 4 * TILE, target + r * of_row + 4 * k, of_row)
+    for k in range(columns):
+        for r in range(rows if k < full else 0, width):
             matrix[start + r, first + k] = tile[k, r]
 
 
@@ -78,7 +149,7 @@ def _store(matrix, tile, start, width):
 
 
 @njit(fastmath=FAST)
-def _choose(keep, weight, carried, V, free, score, start, n, m):
+def _choose(keep, weight, carried, V, free, score, below, start, n, m):
     """Decides the N:M group of columns ``start`` to ``start + m``: the ``n`` with the highest w² V_kk² stay, where w
     are the weights adjusted for the errors so far and ties go to the later column."""
     for c in range(m):
@@ -91,10 +162,15 @@ def _choose(keep, weight, carried, V, free, score, start, n, m):
             score[c, r] = np.square((weight[k, r] + free[c, r]) * diagonal)
     for c in range(m):
         for r in range(TILE):
-            below = 0
-            for d in range(m):
-                below += (score[d, r] < score[c, r]) | ((score[d, r] == score[c, r]) & (d < c))
-            keep[start + c, r] = below >= m - n
+            below[c, r] = 0
+        for d in range(c):
+            for r in range(TILE):
+                later_wins = np.float32(score[d, r] <= score[c, r])
+                below[c, r] += later_wins
+                below[d, r] += 1 - later_wins
+    for c in range(m):
+        for r in range(TILE):
+            keep[start + c, r] = below[c, r] >= m - n
 
 
 @njit(fastmath=FAST)
@@ -102,14 +178,18 @@ def _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, middle
     """Sweeps one tile, all (columns, TILE): ``w`` becomes the values, ``e`` the errors; ``s`` is what was carried."""
     columns = len(V)
     step = m if m else 1
-    free, score = np.empty((step, TILE), w.dtype), np.empty((step, TILE), w.dtype)
+    panel = -(-PANEL // step) * step
+    free, score, below = _tile(step), _tile(step), _tile(step)
     step_size, offset = np.ones(TILE, w.dtype), np.zeros(TILE, w.dtype)
     rounded = len(scale) > 0
     for j in range(0, columns, step):
+        p = j // panel * panel
+        if j == p:
+            _carry_panel(s, e, V, p, min(p + panel, columns))
         for k in range(j, j + step):
-            _carry(s[k], e, V, 0, j, k)
+            _carry(s[k], e, V, p, j, k)
         if m:
-            _choose(kept, w, s, V, free, score, j, n, m)
+            _choose(kept, w, s, V, free, score, below, j, n, m)
         for k in range(j, j + step):
             _carry(s[k], e, V, j, k, k)
             diagonal = V[k, k]
@@ -139,8 +219,7 @@ def _sweep_rows(
     begin, end, weight, values, first, error, carried, V, keep, n, m, scale, zero, level_of, low, high, middles, table
 ):  # fmt: skip
     columns = len(V)
-    w = np.empty((columns, TILE), weight.dtype)
-    s, e = np.empty_like(w), np.empty_like(w)
+    w, s, e = _tile(columns), _tile(columns), _tile(columns)
     kept = np.ones((columns, TILE), np.bool_)
     for start in range(begin, end, TILE):
         width = min(TILE, end - start)
@@ -196,7 +275,10 @@ def sweep_columns(
 def _adjust_tile(w, s, V):
     """w − s V⁻¹ of one tile, both (columns, TILE), in place."""
     for k in range(len(V)):
-        _carry(s[k], s, V, 0, k, k)
+        p = k // PANEL * PANEL
+        if k == p:
+            _carry_panel(s, s, V, p, min(p + PANEL, len(V)))
+        _carry(s[k], s, V, p, k, k)
         inverse = -1 / V[k, k]
         for r in range(TILE):
             s[k, r] *= inverse
@@ -205,8 +287,7 @@ def _adjust_tile(w, s, V):
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def _adjust_rows(begin, end, weight, first, carried, V, adjusted):
-    w = np.empty((len(V), TILE), weight.dtype)
-    s = np.empty_like(w)
+    w, s = _tile(len(V)), _tile(len(V))
     for start in range(begin, end, TILE):
         width = min(TILE, end - start)
         _load_rows(w, weight, start, width, first)
