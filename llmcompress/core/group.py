@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmcompress.core.block import BlockView
 from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
+from llmcompress.core.sparsity import zero_dropped
 from llmcompress.core.stats import InputStats
 
 #: entries of a matrix that are scored at once
@@ -70,7 +71,7 @@ class Matrix:
         """
         if last and values is None and self.keep is None:
             self.keep = keep
-            self.weight.masked_fill_(~keep, 0.0)
+            zero_dropped(self.weight, keep)
             return
         self.aim = self.weight if self.aim is None else self.aim
         earlier, self.keep = self.keep, keep if self.keep is None else self.keep & keep

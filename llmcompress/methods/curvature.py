@@ -84,12 +84,14 @@ class Curvature:
         """
         if last and self.C is None and matrix.aim is None:
             own = matrix.weight if self.order is None else reorder(matrix.weight, self.order, 1)
-            return own.masked_fill_(self.factor.dead, 0.0)
+            own[:, self.factor.dead] = 0.0
+            return own
         W = self.ordered(matrix.weight if matrix.aim is None else matrix.aim)
         if self.C is not None and self.H is not None and not matrix.aims_at_dense:
             W = aim_at_dense(W, self.H, self.C, self.factor)
             matrix.aim, matrix.aims_at_dense = self.restored(W).clone(), True
-        return W.masked_fill_(self.factor.dead, 0.0)
+        W[:, self.factor.dead] = 0.0
+        return W
 
     def least_squares(self, W: Tensor) -> LeastSquares:
         """The problem of the kept weights' values; ``W`` (out, in) in order."""

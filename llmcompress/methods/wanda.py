@@ -27,6 +27,6 @@ class Wanda(Method):
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         for matrix in group:
-            keep = [self.sparsity.keep_mask(W.abs() * stats.rms) for W in matrix.row_parts()]  # (≤ out, in) each
+            keep = [self.sparsity.keep_mask(W.abs().mul_(stats.rms)) for W in matrix.row_parts()]  # (≤ out, in) each
             matrix.prune(torch.cat(keep), last=not rest)
         return stats

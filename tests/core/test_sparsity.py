@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcompress.core.sparsity import Sparsity, count_nonzero
+from llmcompress.core.sparsity import Sparsity, count_nonzero, zero_dropped
 from llmcompress.errors import UserError
 
 
@@ -127,3 +127,15 @@ def test_weights_that_are_not_zero_are_counted_as_torch_does(
     values = values * -3
     assert count_nonzero(values) == int(values.count_nonzero())
     assert count_nonzero(values.T) == int(values.count_nonzero())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_zeroing_what_is_dropped_is_masked_fill(dtype, contiguous):
+    values, keep = torch.randn(37, 53).to(dtype), torch.rand(37, 53) > 0.5
+    values[0, :4] = torch.tensor([torch.nan, torch.inf, -0.0, 1.0])
+    expected = values.masked_fill(~keep, 0.0)
+    if not contiguous:
+        values, keep = values.T.contiguous().T, keep.T.contiguous().T
+    zero_dropped(values, keep)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)

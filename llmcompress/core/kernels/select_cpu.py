@@ -97,12 +97,15 @@ def _above(begin, end, bits, threshold, ties, keep):
     """keep = bits > threshold; of those equal, each chunk drops its first ``ties[chunk]``."""
     size = (bits.size + CHUNKS - 1) // CHUNKS
     for chunk in range(begin, end):
-        left = ties[chunk]
-        for i in range(chunk * size, min(bits.size, (chunk + 1) * size)):
-            keep[i] = bits[i] > threshold
+        first, last = chunk * size, min(bits.size, (chunk + 1) * size)
+        for i in range(first, last):
+            keep[i] = bits[i] >= threshold
+        left, i = ties[chunk], first
+        while left > 0:
             if bits[i] == threshold:
-                keep[i] = left <= 0
+                keep[i] = False
                 left -= 1
+            i += 1
 
 
 def keep_highest(score: Tensor, drop: int) -> Tensor:
@@ -132,3 +135,14 @@ def keep_highest(score: Tensor, drop: int) -> Tensor:
     earlier = np.cumsum(equal) - equal
     share(_above, CHUNKS, 1, threads, bits, prefix, np.clip(drop - before - earlier, 0, equal), keep)
     return torch.from_numpy(keep).view(score.shape)
+
+
+@njit(nogil=True, cache=True)
+def _zero(begin, end, values, keep):
+    for i in range(begin, end):
+        values[i] = values[i] if keep[i] else np.float32(0)
+
+
+def zero_dropped(values: Tensor, keep: Tensor) -> None:
+    """Zeroes contiguous float32 ``values`` in place where the contiguous ``keep`` is False."""
+    share(_zero, values.numel(), 1, torch.get_num_threads(), values.view(-1).numpy(), keep.view(-1).numpy())
