@@ -15,6 +15,9 @@ from llmcompress.model.groups import InputGroup
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.suspend import BlockPass, Stop, SuspendedForward
 
+#: values of a micro-batch's hidden states, and its tokens: enough for full-speed matrix products, and no more, since a
+#: block keeps several times as much while it goes through
+BATCH_VALUES, BATCH_TOKENS = 1 << 20, (512, 2048)
 #: rows on which the error of a matrix is measured
 ERROR_ROWS = 256
 #: tokens of the probe that finds input groups and verifies folds
@@ -27,7 +30,7 @@ class Lane:
     Args:
         model: its blocks are loaded one at a time.
         tokens: (N, T) int64; no rows if other processes have them all.
-        batch: rows per micro-batch; None for full speed.
+        batch: rows per micro-batch; None for as few as run at full speed.
         kind: what makes the forwards.
         probe: (1, T) tokens of the first forward; None for the beginning of the first row.
 
@@ -40,7 +43,7 @@ class Lane:
         kind: Callable[[Callable[[], Any]], SuspendedForward] = SuspendedForward, probe: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model = model
-        batches = () if not len(tokens) else micro_batches(tokens) if batch is None else tokens.split(batch)
+        batches = () if not len(tokens) else _micro_batches(model, tokens) if batch is None else tokens.split(batch)
         probe = tokens[:1, :PROBE_TOKENS] if probe is None else probe
         self.everyone = model.start_forwards([probe, *batches], kind=kind)
         self.probe, *self.forwards = self.everyone
@@ -63,6 +66,12 @@ class Lane:
         ]
         block = self.model.blocks[index].module
         return BlockPass(block, stops, self.forwards, replay, ahead, index == len(self.model.blocks) - 1, team.earliest)
+
+
+def _micro_batches(model: BlockwiseModel, tokens: Tensor) -> list[Tensor]:
+    fewest, most = BATCH_TOKENS
+    hidden = model.model.config.get_text_config().hidden_size
+    return micro_batches(tokens, limit=min(max(BATCH_VALUES // hidden, fewest), most))
 
 
 def sample(rows: list[Tensor]) -> Tensor:
