@@ -5,8 +5,9 @@
 The job names the program (``llmcompress`` or ``llm-compressor``), the recipe, checkpoint, token rows, dtype, threads,
 device and output; the figures are written to the file that it names as ``result``. The clock runs from before the
 checkpoint is opened until the output folder is complete; starting Python, importing the program and making
-llm-compressor's data loader come before. Ours runs as `python -m llmcompress` has it, its waiting threads asleep; to
-llm-compressor that would be no help. This file imports neither program before it knows which one to time."""
+llm-compressor's data loader come before. Ours runs as `python -m llmcompress` has it, its waiting threads asleep (to
+llm-compressor that would be no help) and what was imported out of the garbage collector's way. This file imports
+neither program before it knows which one to time."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ PROJECTIONS = ["re:.*(q|k|v|o|gate|up|down)_proj$"]
 
 def llmcompress_run(job: dict[str, Any]) -> Callable[[], object]:
     """Compression by this project, without evaluation."""
-    from llmcompress import api
+    from llmcompress.commands.parser import libraries
+
+    with libraries():
+        from llmcompress import api
 
     options = api.Options(
         calibration=job["tokens"], samples=job["samples"], length=job["length"], evaluate=False,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmcompress.commands.parser import Parser, check_file, positive, positives, quiet_libraries
+from llmcompress.commands.parser import Parser, check_file, libraries, positive, positives
 from llmcompress.runtime.summary import RUNTIMES
 
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.json is not None:
         check_file("--json", options.json)
-    quiet_libraries()
-    from llmcompress.errors import UserError
-    from llmcompress.export.destination import RECORD
-    from llmcompress.model.locate import locate
-    from llmcompress.progress import Progress
-    from llmcompress.runtime.bench import machine, measure_in_turn, table
-    from llmcompress.runtime.bench_plot import draw
-    from llmcompress.runtime.loading import check_checkpoint
+    with libraries():
+        from llmcompress.errors import UserError
+        from llmcompress.export.destination import RECORD
+        from llmcompress.model.locate import locate
+        from llmcompress.progress import Progress
+        from llmcompress.runtime.bench import machine, measure_in_turn, table
+        from llmcompress.runtime.bench_plot import draw
+        from llmcompress.runtime.loading import check_checkpoint
 
     folder = Path(options.folder)
     check_checkpoint(folder)

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmcompress.commands import COMMANDS
-from llmcompress.commands.parser import Parser, add_recipe_options, add_seed, quiet_libraries
+from llmcompress.commands.parser import Parser, add_recipe_options, add_seed, libraries
 
 
 def run(arguments: Sequence[str]) -> int:
     """Compresses; returns the exit code."""
     options = _parser().parse_args(arguments)
-    quiet_libraries()
-    from llmcompress import api
-    from llmcompress.export.sparse import pack
-    from llmcompress.progress import Progress
+    with libraries():
+        from llmcompress import api
+        from llmcompress.export.sparse import pack
+        from llmcompress.progress import Progress
 
     wanted = api.Options(
         calibration=options.calibration,

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmcompress.commands.parser import Parser, add_seed, check_file, quiet_libraries
+from llmcompress.commands.parser import Parser, add_seed, check_file, libraries
 
 EXAMPLES = """examples:
   python -m llmcompress eval compressed/llama-jsq --reference llama --text held-out.txt
@@ -21,9 +21,9 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.json not in (None, "-"):
         check_file("--json", options.json)
-    quiet_libraries()
-    from llmcompress import api
-    from llmcompress.progress import Progress
+    with libraries():
+        from llmcompress import api
+        from llmcompress.progress import Progress
 
     wanted = api.EvalOptions(
         texts=tuple(options.text),

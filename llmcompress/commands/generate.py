@@ -9,19 +9,19 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from llmcompress.commands.parser import Parser, positive, quiet_libraries
+from llmcompress.commands.parser import Parser, libraries, positive
 from llmcompress.runtime.summary import RUNTIMES, StaysDense
 
 
 def run(arguments: Sequence[str]) -> int:
     """Streams the text to standard output and its speed to standard error; returns the exit code."""
     options = _parser().parse_args(arguments)
-    quiet_libraries()
-    import torch
-    from transformers import TextStreamer
+    with libraries():
+        import torch
+        from transformers import TextStreamer
 
-    from llmcompress.model.locate import locate
-    from llmcompress.runtime.loading import load, runtime_of
+        from llmcompress.model.locate import locate
+        from llmcompress.runtime.loading import load, runtime_of
 
     folder = locate(options.folder, "FOLDER")
     tokenizer = _tokenizer(str(folder))

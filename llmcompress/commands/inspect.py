@@ -8,16 +8,16 @@ import json
 import sys
 from collections.abc import Sequence
 
-from llmcompress.commands.parser import Parser, quiet_libraries
+from llmcompress.commands.parser import Parser, libraries
 
 
 def run(arguments: Sequence[str]) -> int:
     """Inspects; returns the exit code."""
     options = _parser().parse_args(arguments)
-    quiet_libraries()
-    from llmcompress.inspection.inspect import inspect
-    from llmcompress.inspection.table import text
-    from llmcompress.model.locate import locate
+    with libraries():
+        from llmcompress.inspection.inspect import inspect
+        from llmcompress.inspection.table import text
+        from llmcompress.model.locate import locate
 
     shows = sys.stderr.isatty() and not options.json
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmcompress.commands.parser import Parser, quiet_libraries
+from llmcompress.commands.parser import Parser, libraries
 
 _KINDS = ("sparse", "gptq", "gptq-v2", "bitsandbytes-int8", "bitsandbytes-nf4")
 
@@ -14,8 +14,8 @@ _KINDS = ("sparse", "gptq", "gptq-v2", "bitsandbytes-int8", "bitsandbytes-nf4")
 def run(arguments: Sequence[str]) -> int:
     """Packs; returns the exit code."""
     options = _parser().parse_args(arguments)
-    quiet_libraries()
-    from llmcompress.table import bytes_text
+    with libraries():
+        from llmcompress.table import bytes_text
 
     if options.to == "sparse":
         from llmcompress.export.sparse import pack

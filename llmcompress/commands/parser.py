@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,6 +66,17 @@ def check_file(option: str, file: str | Path) -> None:
         raise UserError("is a folder", f"{option} {file}", "give a file")
     if not Path(file).absolute().parent.is_dir():
         raise UserError("its folder does not exist", f"{option} {file}", "make the folder first")
+
+
+@contextmanager
+def libraries() -> Iterator[None]:
+    """Around a command's imports. What is loaded is not looked through for garbage, then or later: there is none, and
+    looking takes a second."""
+    gc.disable()
+    quiet_libraries()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def quiet_libraries() -> None:

@@ -6,15 +6,15 @@ import json
 import shlex
 from collections.abc import Sequence
 
-from llmcompress.commands.parser import Parser, add_recipe_options, add_seed, quiet_libraries
+from llmcompress.commands.parser import Parser, add_recipe_options, add_seed, libraries
 
 
 def run(arguments: Sequence[str]) -> int:
     """Compresses; returns the exit code."""
     options = _parser().parse_args(arguments)
-    quiet_libraries()
-    from llmcompress.progress import Progress
-    from llmcompress.vision import VisionOptions, VisionRun
+    with libraries():
+        from llmcompress.progress import Progress
+        from llmcompress.vision import VisionOptions, VisionRun
 
     wanted = VisionOptions(
         data=options.data,
