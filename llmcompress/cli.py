@@ -12,13 +12,12 @@ from importlib import import_module
 
 from llmcompress.commands import COMMANDS
 from llmcompress.errors import UserError
+from llmcompress.process import WAITING
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
-    # Waiting threads sleep instead of spinning: costs little alone, and saves a tenfold where cores are shared with
-    # other programs. It counts only if it is said before torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.update(WAITING | os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "compress"
     try:

@@ -27,7 +27,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program has it; is read when torch is loaded
+from llmcompress.process import WAITING
+
+os.environ.update(WAITING | os.environ)  # as the program does
 
 import torch
 from random_checkpoint import PRESETS, Shape, write_checkpoint

@@ -23,7 +23,9 @@ from typing import Any
 
 JOB = json.loads(Path(sys.argv[1]).read_text()) if __name__ == "__main__" else {}
 if JOB.get("program") == "llmcompress":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # is read when torch is loaded
+    from llmcompress.process import WAITING
+
+    os.environ.update(WAITING | os.environ)  # before torch is loaded
 
 import torch  # noqa: E402
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from llmcompress.errors import UserError
 from llmcompress.measure import versions
+from llmcompress.process import WAITING
 from llmcompress.runtime.bench_worker import Job, Round
 from llmcompress.table import aligned, bytes_text
 
@@ -149,7 +150,7 @@ def measure_once(variant: Variant) -> Round:
         UserError: as `measure_in_turn`.
     """
     job = json.dumps(asdict(variant.job))
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    environment = WAITING | os.environ
     if variant.job.threads:
         environment["OMP_NUM_THREADS"] = str(variant.job.threads)
     done = subprocess.run(
