@@ -34,7 +34,7 @@ MOST_DAMPING = 1e4
 #: columns whose carried errors one matrix product gives
 BLOCK = 512
 #: entries of E that are kept at once where rows do not depend on each other, and rows that are worth a product
-PART_ENTRIES, PART_ROWS = 8 << 20, 512
+PART_ENTRIES, PART_ROWS = 4 << 20, 512
 
 
 @dataclass(frozen=True)

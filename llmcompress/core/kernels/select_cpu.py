@@ -1,7 +1,9 @@
 """Selection of the highest scores on a CPU, compiled by numba: over a whole tensor, or within every part of a row.
 
 Radix selection, in three passes over the bits: floats sort like their bits, once those of negative ones are turned
-around. Ties go to the later position everywhere, so that counts are exact and results the same every time."""
+around. Ties go to the later position everywhere, so that counts are exact and results the same every time.
+
+Loops run over slices: an index of which the compiler does not know that it is not negative costs as much as the rest."""
 
 from __future__ import annotations
 
@@ -23,43 +25,53 @@ def _keep_small(begin, end, score, drop, keep):
     size = score.shape[1]
     below = np.empty(size, np.int64)
     for part in range(begin, end):
+        row, kept = score[part], keep[part]
         for c in range(size):
             below[c] = 0
             for d in range(c):
-                later_wins = score[part, d] <= score[part, c]
+                later_wins = row[d] <= row[c]
                 below[c] += later_wins
                 below[d] += not later_wins
         for c in range(size):
-            keep[part, c] = below[c] >= drop
+            kept[c] = below[c] >= drop
 
 
 @njit(nogil=True, cache=True)
 def _keep_large(begin, end, bits, drop, keep):
     size = bits.shape[1]
-    keys, counts = np.empty(size, np.uint32), np.empty(2048, np.int64)
+    keys, counts = np.empty((2, size), np.uint32), np.empty(2048, np.int64)
+    key, left = keys[0], keys[1]
     for part in range(begin, end):
+        row, kept = bits[part], keep[part]
         for i in range(size):
-            b = bits[part, i]
+            b = row[i]
             if b == np.int32(-2147483648):  # minus zero equals zero
                 b = np.int32(0)
-            keys[i] = np.uint32(b) ^ (np.uint32(0xFFFFFFFF) if b < 0 else np.uint32(0x80000000))
-        prefix, before = np.uint32(0), 0
-        for shift, width in ((21, 11), (10, 11), (0, 10)):
+            key[i] = np.uint32(b) ^ (np.uint32(0xFFFFFFFF) if b < 0 else np.uint32(0x80000000))
+        prefix, before, among = np.uint32(0), 0, key
+        for shift, width in ((np.uint32(21), 11), (np.uint32(10), 11), (np.uint32(0), 10)):
             counts[:] = 0
-            above, digits = np.uint32(shift + width), np.uint32((1 << width) - 1)
-            for i in range(size):
-                if shift == 21 or keys[i] >> above == prefix:
-                    counts[(keys[i] >> np.uint32(shift)) & digits] += 1
+            digits = np.uint32((1 << width) - 1)
+            for k in among:
+                counts[(k >> shift) & digits] += 1
             digit = 0
             while before + counts[digit] < drop:
                 before += counts[digit]
                 digit += 1
             prefix = (prefix << np.uint32(width)) | np.uint32(digit)
-        ties = drop - before
+            count = 0
+            for k in among:
+                left[count] = k
+                count += ((k >> shift) & digits) == np.uint32(digit)
+            among = left[:count]
         for i in range(size):
-            tied = keys[i] == prefix
-            keep[part, i] = (keys[i] > prefix) | (tied & (ties <= 0))
-            ties -= tied
+            kept[i] = key[i] >= prefix
+        ties, i = drop - before, 0
+        while ties > 0:
+            if key[i] == prefix:
+                kept[i] = False
+                ties -= 1
+            i += 1
 
 
 def keep_highest_of_each(score: Tensor, drop: int) -> Tensor:
@@ -84,12 +96,12 @@ def keep_highest_of_each(score: Tensor, drop: int) -> Tensor:
 def _histogram(begin, end, bits, prefix, high_shift, low_shift, counts):
     """counts[chunk] of the bits between the shifts, among scores whose higher bits are ``prefix``."""
     size = (bits.size + CHUNKS - 1) // CHUNKS
-    digits = (1 << (high_shift - low_shift)) - 1
+    digits = np.uint32((1 << (high_shift - low_shift)) - 1)
     for chunk in range(begin, end):
         mine = counts[chunk]
-        for i in range(chunk * size, min(bits.size, (chunk + 1) * size)):
-            if bits[i] >> high_shift == prefix:
-                mine[(bits[i] >> low_shift) & digits] += 1
+        for b in bits[chunk * size : (chunk + 1) * size]:
+            if b >> np.uint32(high_shift) == prefix:
+                mine[(b >> np.uint32(low_shift)) & digits] += 1
 
 
 @njit(nogil=True, cache=True)
@@ -97,13 +109,13 @@ def _above(begin, end, bits, threshold, ties, keep):
     """keep = bits > threshold; of those equal, each chunk drops its first ``ties[chunk]``."""
     size = (bits.size + CHUNKS - 1) // CHUNKS
     for chunk in range(begin, end):
-        first, last = chunk * size, min(bits.size, (chunk + 1) * size)
-        for i in range(first, last):
-            keep[i] = bits[i] >= threshold
-        left, i = ties[chunk], first
+        part, kept = bits[chunk * size : (chunk + 1) * size], keep[chunk * size : (chunk + 1) * size]
+        for i in range(part.size):
+            kept[i] = part[i] >= threshold
+        left, i = ties[chunk], 0
         while left > 0:
-            if bits[i] == threshold:
-                keep[i] = False
+            if part[i] == threshold:
+                kept[i] = False
                 left -= 1
             i += 1
 
@@ -118,29 +130,30 @@ def keep_highest(score: Tensor, drop: int) -> Tensor:
     Returns:
         bool, shaped like ``score``.
     """
-    bits = score.numpy().reshape(-1).view(np.int32)
+    bits = score.numpy().reshape(-1).view(np.uint32)
     threads = torch.get_num_threads()
-    keep = np.ones(bits.shape, np.bool_)
     if drop <= 0:
-        return torch.from_numpy(keep).view(score.shape)
+        return torch.ones_like(score, dtype=torch.bool)
+    keep = np.empty(bits.shape, np.bool_)
     prefix, before = 0, 0
     for high_shift, low_shift in ((31, 20), (20, 9), (9, 0)):
         counts = np.zeros((CHUNKS, 2048), np.int64)
-        share(_histogram, CHUNKS, 1, threads, bits, prefix, high_shift, low_shift, counts)
+        share(_histogram, CHUNKS, 1, threads, bits, np.uint32(prefix), high_shift, low_shift, counts)
         reached = before + np.cumsum(counts.sum(0))
         bucket = int(np.searchsorted(reached, drop))
         before = int(reached[bucket - 1]) if bucket else before
         prefix = (prefix << (high_shift - low_shift)) | bucket
     equal = counts[:, bucket]
     earlier = np.cumsum(equal) - equal
-    share(_above, CHUNKS, 1, threads, bits, prefix, np.clip(drop - before - earlier, 0, equal), keep)
+    share(_above, CHUNKS, 1, threads, bits, np.uint32(prefix), np.clip(drop - before - earlier, 0, equal), keep)
     return torch.from_numpy(keep).view(score.shape)
 
 
 @njit(nogil=True, cache=True)
 def _zero(begin, end, values, keep):
-    for i in range(begin, end):
-        values[i] = values[i] if keep[i] else np.float32(0)
+    part, kept = values[begin:end], keep[begin:end]
+    for i in range(part.size):
+        part[i] = part[i] if kept[i] else np.float32(0)
 
 
 def zero_dropped(values: Tensor, keep: Tensor) -> None:

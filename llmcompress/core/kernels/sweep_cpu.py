@@ -120,8 +120,9 @@ def _load_rows(tile, matrix, start, width, first):
 def _load(tile, matrix, start, width):
     """tile (columns, TILE) from columns ``start`` … of a transposed matrix."""
     for k in range(matrix.shape[0]):
+        row = matrix[k, start : start + width]
         for r in range(width):
-            tile[k, r] = matrix[k, start + r]
+            tile[k, r] = row[r]
         for r in range(width, TILE):
             tile[k, r] = 0
 
@@ -144,8 +145,9 @@ def _store_rows(matrix, tile, start, width, first):
 def _store(matrix, tile, start, width):
     """The inverse of `_load`."""
     for k in range(tile.shape[0]):
+        row = matrix[k, start : start + width]
         for r in range(width):
-            matrix[k, start + r] = tile[k, r]
+            row[r] = tile[k, r]
 
 
 @njit(fastmath=FAST)
@@ -194,9 +196,9 @@ def _sweep_tile(w, s, e, kept, V, n, m, scale, zero, level_of, low, high, middle
             _carry(s[k], e, V, j, k, k)
             diagonal = V[k, k]
             if rounded:
+                steps, zeros = scale[level_of[k], start : start + width], zero[level_of[k], start : start + width]
                 for r in range(width):
-                    step_size[r] = scale[level_of[k], start + r]
-                    offset[r] = zero[level_of[k], start + r]
+                    step_size[r], offset[r] = steps[r], zeros[r]
                 if len(values):
                     for r in range(width):
                         x = (w[k, r] - s[k, r] / diagonal) / step_size[r]
