@@ -3,7 +3,7 @@
 Radix selection, in three passes over the bits: floats sort like their bits, once those of negative ones are turned
 around. Ties go to the later position everywhere, so that counts are exact and results the same every time.
 
-Loops run over slices: an index of which the compiler does not know that it is not negative costs as much as the rest."""
+Loops run over slices: an index that may be negative for all the compiler knows costs as much as the rest."""
 
 from __future__ import annotations
 
