@@ -42,6 +42,7 @@ from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import add_gram, mirror
 from llmcompress.core.sweep import BLOCK, Factor, factorise, sweep
 from llmcompress.core.targets import Mask, Round
+from llmcompress.report import Report
 
 BLOCKS = ("tinyllama-block", "llama-7b-block")
 RECIPE = "sparsegpt-2of4"
@@ -157,7 +158,7 @@ def measure(rows: int, columns: int, tokens: int, rounds: int) -> dict[str, obje
 
 
 def measure_block(preset: str, samples: int, length: int, rounds: int) -> dict[str, object]:
-    """Seconds of a checkpoint's blocks beside those of their primitives."""
+    """Seconds of a checkpoint's blocks, in the fastest of the rounds, beside those of their primitives."""
     shape = PRESETS[preset]
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder) / "model", shape)
@@ -166,9 +167,11 @@ def measure_block(preset: str, samples: int, length: int, rounds: int) -> dict[s
         options = api.Options(
             str(Path(folder) / "rows.safetensors"), samples, length, evaluate=False, dtype=shape.dtype
         )
-        report = api.compress(Path(folder) / "model", RECIPE, Path(folder) / "out", options)
+        job = (Path(folder) / "model", RECIPE, Path(folder) / "out", options)
+        reports = [api.compress(*job, force=True) for _ in range(rounds)]
     limit = block_limit(shape, samples * length, rounds)
-    seconds = sum(block.seconds for block in report.blocks)
+    report = min(reports, key=_block_seconds)
+    seconds = _block_seconds(report)
     return {
         "preset": preset,
         "recipe": RECIPE,
@@ -181,6 +184,10 @@ def measure_block(preset: str, samples: int, length: int, rounds: int) -> dict[s
         "limit_seconds": limit,
         "ratio": seconds / sum(limit.values()),
     }
+
+
+def _block_seconds(report: Report) -> float:
+    return sum(block.seconds for block in report.blocks)
 
 
 def block_limit(shape: Shape, tokens: int, rounds: int) -> dict[str, float]:
