@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from llmcompress.model.load import Block
 from llmcompress.recipe import Recipe
@@ -40,6 +41,7 @@ class Toy:
         self.model = nn.ModuleDict({"embed": nn.Embedding(32, 8)})
         self.model["layers"] = nn.ModuleList(Convolving(groups) for _ in range(2))
         self.model.requires_grad_(False)
+        self.model.config = PretrainedConfig(hidden_size=8)
         self.blocks = [Block(f"layers.{i}", block) for i, block in enumerate(self.model["layers"])]
         self.dense = {name: p.clone() for name, p in self.model.named_parameters()}
         self.checkpoint = SimpleNamespace(dtype=torch.float32, read=lambda names: {n: self.dense[n] for n in names})
