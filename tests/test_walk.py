@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from llmcompress.core.grid import QuantGrid
 from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.stats import InputStats
+from llmcompress.lane import _micro_batches
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel, micro_batches
 from llmcompress.recipe import Recipe, Stage
@@ -290,3 +293,12 @@ def test_ramp_grows_over_the_blocks_and_keeps_the_model_total(tmp_path: Path) ->
     assert ratios == sorted(ratios)
     assert ratios[-1] - ratios[0] == pytest.approx(0.2 * (1 - 1 / len(finished)), abs=2e-3)
     assert abs(sum(zeros) - sum(weights) / 2) <= 7 * len(finished) / 2  # each matrix is rounded to a whole number
+
+
+@pytest.mark.parametrize(("hidden", "tokens"), [(64, 2048), (512, 2048), (1024, 1024), (2048, 512), (8192, 512)])
+def test_micro_batches_of_wide_models_hold_fewer_tokens(hidden: int, tokens: int) -> None:
+    model: Any = SimpleNamespace(model=SimpleNamespace(config=PretrainedConfig(hidden_size=hidden)))
+    batches = _micro_batches(model, torch.zeros(40, 128, dtype=torch.int64))
+    assert {len(batch) * 128 for batch in batches[:-1]} == {tokens}
+    assert sum(len(batch) for batch in batches) == 40
+    assert len(_micro_batches(model, torch.zeros(3, 4096, dtype=torch.int64))) == 3  # never less than a row
