@@ -73,10 +73,12 @@ def libraries() -> Iterator[None]:
     """Around a command's imports. What is loaded is not looked through for garbage, then or later: there is none, and
     looking takes a second."""
     gc.disable()
-    quiet_libraries()
-    yield
-    gc.freeze()
-    gc.enable()
+    try:
+        quiet_libraries()
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def quiet_libraries() -> None:
