@@ -16,6 +16,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     rename_source_key,
 )
 
@@ -78,10 +79,9 @@ def split_quantized(source: str) -> tuple[str, str]:
 
 class _Matching:
     def __init__(self, model: PreTrainedModel, layers: Sequence[ExpertLayer], checkpoint: Checkpoint) -> None:
-        transforms = get_model_conversion_mapping(model)
-        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        self.converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
         self.model, self.checkpoint = model, checkpoint
+        self.renamings: list[WeightRenaming] = []
+        self.converters: list[WeightTransform] = []
         self.known = dict(model.state_dict(keep_vars=True))
         self.known |= {name: True for layer in layers for name in layer.own_names()}
         self.stacks = {name: (layer, stack, bias) for layer in layers for name, stack, bias in layer.parameters()}
@@ -91,8 +91,10 @@ class _Matching:
 
     def run(self) -> SourceNames:
         quantized = "quantization_config" in self.checkpoint.config
-        for source in self.checkpoint.tensors:
-            stem, suffix = split_quantized(source) if quantized else (source, "")
+        split = {s: split_quantized(s) if quantized else (s, "") for s in self.checkpoint.tensors}
+        if self.stacks or any(stem not in self.known for stem, _ in split.values()):
+            self._read_table()
+        for source, (stem, suffix) in split.items():
             target, pattern = rename_source_key(
                 stem, self.renamings, self.converters, self.model.base_model_prefix, self.known  # type: ignore[arg-type]
             )  # fmt: skip
@@ -109,6 +111,13 @@ class _Matching:
         for target, parts in self.joined.items():
             self.names[target] = [parts[number] for number in sorted(parts)]
         return SourceNames(dict(self.names), self.cuts)
+
+    def _read_table(self) -> None:
+        """Has transformers build its table of all architectures, which takes a third of a second: where every tensor
+        has a parameter's own name, nothing in it applies."""
+        transforms = get_model_conversion_mapping(self.model)
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
 
     def _cut(self, target: str, source: str) -> None:
         """Every expert's share of a stacked tensor."""

@@ -18,22 +18,47 @@ from llmcompress.core.kernels.threads import share
 CHUNKS = 16
 #: up to this size every score of a part is compared with every other
 SMALL = 32
+#: parts that are compared side by side
+LANES = 64
+#: values whose answers are counted at once
+COUNTED = 4096
+
+
+@njit(nogil=True, cache=True)
+def _keep_of_four(begin, end, score, drop, keep):
+    """`_keep_small` for the size of 2:4, written out."""
+    x, kept = score.reshape(-1)[begin * 4 : end * 4], keep.reshape(-1)[begin * 4 : end * 4]
+    for p in range(end - begin):
+        a, b, c, d = x[4 * p], x[4 * p + 1], x[4 * p + 2], x[4 * p + 3]
+        ab, ac, ad = np.int32(a <= b), np.int32(a <= c), np.int32(a <= d)
+        bc, bd, cd = np.int32(b <= c), np.int32(b <= d), np.int32(c <= d)
+        kept[4 * p] = 3 - ab - ac - ad >= drop
+        kept[4 * p + 1] = ab + 2 - bc - bd >= drop
+        kept[4 * p + 2] = ac + bc + 1 - cd >= drop
+        kept[4 * p + 3] = ad + bd + cd >= drop
 
 
 @njit(nogil=True, cache=True)
 def _keep_small(begin, end, score, drop, keep):
+    """Counts for each score how many of its part are below it, for parts side by side in vector registers."""
     size = score.shape[1]
-    below = np.empty(size, np.int64)
-    for part in range(begin, end):
-        row, kept = score[part], keep[part]
+    values, below = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.int32)
+    for first in range(begin, end, LANES):
+        parts, kept = score[first : min(first + LANES, end)], keep[first : min(first + LANES, end)]
+        for p in range(len(parts)):
+            for c in range(size):
+                values[c, p] = parts[p, c]
+        below[:] = 0
         for c in range(size):
-            below[c] = 0
             for d in range(c):
-                later_wins = row[d] <= row[c]
-                below[c] += later_wins
-                below[d] += not later_wins
-        for c in range(size):
-            kept[c] = below[c] >= drop
+                later, earlier, below_later, below_earlier = values[c], values[d], below[c], below[d]
+                for p in range(LANES):
+                    later_wins = np.int32(earlier[p] <= later[p])
+                    below_later[p] += later_wins
+                    below_earlier[p] += np.int32(1) - later_wins
+        for p in range(len(parts)):
+            for c in range(size):
+                kept[p, c] = below[c, p] >= drop
 
 
 @njit(nogil=True, cache=True)
@@ -84,11 +109,11 @@ def keep_highest_of_each(score: Tensor, drop: int) -> Tensor:
     Returns:
         (parts, size) bool.
     """
-    keep = np.ones(score.shape, np.bool_)
-    if drop > 0:
-        array, size = score.numpy(), score.shape[1]
-        kernel, given = (_keep_small, array) if size <= SMALL else (_keep_large, array.view(np.int32))
-        share(kernel, len(score), 1, torch.get_num_threads(), given, drop, keep)
+    if drop <= 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    array, size, keep = score.numpy(), score.shape[1], np.empty(score.shape, np.bool_)
+    kernel, given = (_keep_small, array) if size <= SMALL else (_keep_large, array.view(np.int32))
+    share(_keep_of_four if size == 4 else kernel, len(score), LANES, torch.get_num_threads(), given, drop, keep)
     return torch.from_numpy(keep)
 
 
@@ -159,3 +184,20 @@ def _zero(begin, end, values, keep):
 def zero_dropped(values: Tensor, keep: Tensor) -> None:
     """Zeroes contiguous float32 ``values`` in place where the contiguous ``keep`` is False."""
     share(_zero, values.numel(), 1, torch.get_num_threads(), values.view(-1).numpy(), keep.view(-1).numpy())
+
+
+@njit(nogil=True, cache=True)
+def _count(begin, end, bits, all_but_sign, counts):
+    for piece in range(begin, end):
+        found = 0
+        for b in bits[piece * COUNTED : (piece + 1) * COUNTED]:
+            found += (b & all_but_sign) != 0
+        counts[piece] = found
+
+
+def count_nonzero(values: Tensor) -> int:
+    """How many of contiguous float32 or bfloat16 ``values`` are neither zero nor minus zero."""
+    bits = values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32).view(-1).numpy()
+    counts = np.zeros(-(-bits.size // COUNTED), np.int64)
+    share(_count, counts.size, 1, torch.get_num_threads(), bits, np.iinfo(bits.dtype).max, counts)
+    return int(counts.sum())
