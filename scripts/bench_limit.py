@@ -27,9 +27,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from llmcompress.process import WAITING
+from llmcompress.process import WAITING, share_heap
 
 os.environ.update(WAITING | os.environ)  # as the program does
+share_heap()
 
 import torch
 from random_checkpoint import PRESETS, Shape, write_checkpoint

@@ -1,7 +1,7 @@
 """The same work by llmcompress and by llm-compressor, in turn: seconds, peak memory, perplexity, divergence.
 
     make bench-setup
-    python scripts/bench_peers.py [--model tiny|wide|all] [--only ROW …] [--repeat N] [--threads 2]
+    python scripts/bench_peers.py [--model tiny|wide|all] [--only ROW …] [--skip N] [--repeat N] [--threads 2]
 
 Two models: the bundled Llama (``--checkpoint``, float32, 64 × 512 tokens of ``--calibration-text``, judged on
 ``--eval-text``), and a random one of two TinyLlama blocks (bfloat16, 16 × 512 random tokens, judged on 4 × 512 others:
@@ -93,8 +93,9 @@ class Bench:
     def _tiny(self) -> Setting:
         o = self.options
         samples = o.samples or 64
-        rows = token_rows(Calibration(o.calibration_text, samples, 512), o.checkpoint)
-        return Setting("tiny-llama", o.checkpoint, "float32", self._store("tiny", rows), o.eval_text, samples)
+        rows = token_rows(Calibration(o.calibration_text, o.skip + samples, 512), o.checkpoint)[o.skip :]
+        name = "tiny-llama" + f"-from-{o.skip}" * bool(o.skip)
+        return Setting(name, o.checkpoint, "float32", self._store("tiny", rows), o.eval_text, samples)
 
     def _wide(self) -> Setting:
         shape, samples = PRESETS["tinyllama-block"], self.options.samples or 16
@@ -235,6 +236,7 @@ def arguments() -> argparse.Namespace:
     add("--threads", type=int, default=2)
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--samples", type=int, help="calibration rows, instead of 64 and 16")
+    add("--skip", type=int, default=0, metavar="N", help="leave out the calibration text's first N rows")
     add("--no-eval", action="store_true", help="time only")
     add("--peer-batch", type=int, default=1, help="rows at once through llm-compressor; its own default is 1")
     add("--peer-python", default=".venv-bench/bin/python", help="has llm-compressor, see `make bench-setup`")

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from llmcompress.commands import COMMANDS
 from llmcompress.commands.parser import Parser, add_recipe_options, add_seed, libraries
+from llmcompress.process import share_heap
 
 
 def run(arguments: Sequence[str]) -> int:
     """Compresses; returns the exit code."""
     options = _parser().parse_args(arguments)
+    share_heap()
     with libraries():
         from llmcompress import api
         from llmcompress.export.sparse import pack
