@@ -30,7 +30,6 @@ from pathlib import Path
 from llmcompress.process import WAITING, share_heap
 
 os.environ.update(WAITING | os.environ)  # as the program does
-share_heap()
 
 import torch
 from random_checkpoint import PRESETS, Shape, write_checkpoint
@@ -230,6 +229,7 @@ def show_block(result: dict[str, object]) -> None:
 
 
 def main() -> None:
+    share_heap()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -24,12 +23,12 @@ from torch import Tensor
 from llmcompress.errors import UserError
 from llmcompress.export.companions import COMPANIONS, companions
 from llmcompress.export.destination import check_output, is_full_disk, remove_abandoned, remove_empty, sha256, sync
+from llmcompress.measure import release_freed_memory
 
+#: a larger ``add`` is split: the size hubs and loaders are used to
 SHARD_BYTES = 5_000_000_000
-"""A larger ``add`` is split: the size hubs and loaders are used to."""
-
+#: beside a ``folder`` that somebody else keeps: the old output, between its replacement and its removal
 REPLACED = "replaced"
-"""Beside a ``folder`` that somebody else keeps: the old output, between its replacement and its removal."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class CheckpointWriter:
         for names in _split(tensors, self.shard_bytes):
             self._await_writing()
             plain = _plain(tensors, names)
-            self._append(names, sum(tensors[name].nbytes for name in names), partial(dict, plain))
+            self._append(names, sum(tensors[name].nbytes for name in names), [plain].pop)  # it keeps none itself
 
     def add_unread(self, names: Sequence[str], nbytes: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
         """Writes one shard whose tensors are read in the background too, when all before it are written.
@@ -225,9 +224,9 @@ class CheckpointWriter:
 
     def _append(self, names: list[str], nbytes: int, read: Callable[[], dict[str, Tensor]]) -> None:
         path = self.partial / _temporary(len(self._shards))
-        self.then(lambda: self._write_shard(path, read(), nbytes))
         self._shards.append(names)
         self._names.update(names)
+        self.then(lambda: self._write_shard(path, read(), nbytes))
         self.total_bytes += nbytes
 
     def _await_writing(self) -> None:
@@ -241,9 +240,11 @@ class CheckpointWriter:
 
     def _write_shard(self, path: Path, tensors: dict[str, Tensor], nbytes: int) -> None:
         save_file(tensors, path, {"format": "pt"})
+        tensors.clear()  # now: what follows waits for the disk
+        release_freed_memory()
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
         sync(path)
-        self.shards.append(Shard(list(tensors), sha256(path), nbytes))
+        self.shards.append(Shard(self._shards[len(self.shards)], sha256(path), nbytes))
 
     def _take_up(self) -> None:
         """Leaves in the folder the finished shards alone, under the names they have while others follow."""
