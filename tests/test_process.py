@@ -11,7 +11,7 @@ import pytest
 
 from llmcompress.process import share_heap
 
-#: allocates 64 MiB in a thread, and says whether they are of the heap that the process began with
+#: allocates 16 MiB in a thread, and says whether they are of the heap that the process began with
 SCRIPT = """
 import re, threading
 from pathlib import Path
@@ -19,7 +19,7 @@ from llmcompress.process import share_heap
 {call}
 import torch
 def allocate():
-    tensor = torch.empty(64 << 20, dtype=torch.uint8)
+    tensor = torch.empty(16 << 20, dtype=torch.uint8)
     heap = re.search(r"^([0-9a-f]+)-([0-9a-f]+) .*\\[heap\\]$", Path("/proc/self/maps").read_text(), re.MULTILINE)
     print(int(heap[1], 16) <= tensor.data_ptr() < int(heap[2], 16))
 thread = threading.Thread(target=allocate)
@@ -33,7 +33,7 @@ thread.join()
     ("call", "environment", "shared"),
     [("", {}, False), ("share_heap()", {}, True), ("share_heap()", {"MALLOC_MMAP_THRESHOLD_": "131072"}, False)],
 )
-def test_large_tensors_of_all_threads_come_from_one_heap_unless_told_otherwise(
+def test_tensors_of_all_threads_come_from_one_heap_unless_told_otherwise(
     call: str, environment: dict[str, str], shared: bool
 ) -> None:
     done = subprocess.run(
