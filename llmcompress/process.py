@@ -16,8 +16,8 @@ import sys
 #: then spin for 2^14 cycles instead of 2^26
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_THREAD_TIMEOUT": "14"}
 #: glibc's number of a parameter, and its value, by the environment variable that sets it too: one heap, from which
-#: tensors of up to 32 MiB are taken, and which shrinks when `llmcompress.measure.release_freed_memory` is called; larger
-#: ones would leave holes in it
+#: tensors of up to 32 MiB are taken, and which shrinks when `llmcompress.measure.release_freed_memory` is called.
+#: Larger ones would leave holes in it
 _HEAP = {
     "MALLOC_ARENA_MAX": (-8, 1),
     "MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20),
