@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from llmcompress.commands import compress
 from llmcompress.process import share_heap
 
 #: allocates 16 MiB in a thread, and says whether they are of the heap that the process began with
@@ -48,3 +49,15 @@ def test_where_the_c_library_cannot_be_told_nothing_is_done(monkeypatch: pytest.
     share_heap()
     monkeypatch.setattr("sys.platform", "win32")
     share_heap()
+
+
+def test_a_compression_runs_on_one_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shared(Exception):
+        pass
+
+    def noted() -> None:
+        raise Shared
+
+    monkeypatch.setattr(compress, "share_heap", noted)
+    with pytest.raises(Shared):
+        compress.run(["--model", "llama"])

@@ -113,7 +113,7 @@ def keep_highest_of_each(score: Tensor, drop: int) -> Tensor:
         return torch.ones_like(score, dtype=torch.bool)
     array, size, keep = score.numpy(), score.shape[1], np.empty(score.shape, np.bool_)
     kernel, given = (_keep_small, array) if size <= SMALL else (_keep_large, array.view(np.int32))
-    share(_keep_of_four if size == 4 else kernel, len(score), LANES, torch.get_num_threads(), given, drop, keep)
+    share(_keep_of_four if size == 4 else kernel, len(score), 1, torch.get_num_threads(), given, drop, keep)
     return torch.from_numpy(keep)
 
 
