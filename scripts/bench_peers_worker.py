@@ -6,8 +6,8 @@ The job names the program (``llmcompress`` or ``llm-compressor``), the recipe, c
 device and output; the figures are written to the file that it names as ``result``. The clock runs from before the
 checkpoint is opened until the output folder is complete; starting Python, importing the program and making
 llm-compressor's data loader come before. Ours runs as `python -m llmcompress` has it, its waiting threads asleep (to
-llm-compressor that would be no help), on one heap (with that, its `wanda-2of4` was 8 % faster), and what was imported out
-of the garbage collector's way. This file imports neither program before it knows which one to time."""
+llm-compressor that would be no help), on one heap (with that, its `wanda-2of4` was 8 % faster), and what was imported
+out of the garbage collector's way. This file imports neither program before it knows which one to time."""
 
 from __future__ import annotations
 
