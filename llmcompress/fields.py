@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def converted(value: object, hint: object, key: str, where: str) -> object:
         if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
             return tuple(converted(v, typing.get_args(kind)[0], key, where) for v in value)
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise UserError(f"{value} is not a finite number", where)
             return float(value)
         if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
             return value

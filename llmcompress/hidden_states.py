@@ -83,7 +83,8 @@ def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
         plain = value.detach().cpu().contiguous()
         shared = plain.untyped_storage().nbytes() != plain.nbytes or plain.data_ptr() in _addresses(tensors)
         tensors[name] = plain.clone() if shared else plain
-        return {"tensor": name, "stride": None if value.is_contiguous() else list(value.stride())}
+        dense = value.is_contiguous() or 0 in value.stride()  # an expanded tensor comes back with memory of its own
+        return {"tensor": name, "stride": None if dense else list(value.stride())}
     if type(value) in (tuple, list):
         return {type(value).__name__: [_encoded(part, tensors) for part in value]}
     if type(value) is dict and all(isinstance(key, str) for key in value):

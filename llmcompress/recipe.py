@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -25,12 +23,11 @@ from llmcompress.errors import UserError, nearest
 from llmcompress.fields import converted
 from llmcompress.methods import DEFAULT_METHOD, METHODS
 from llmcompress.resources import configs_dir
+from llmcompress.yaml12 import parse_value, read_tree
 
 _TOP_KEYS = ("description", "stages", "targets", "propagate", "kv_cache")
 _PROPAGATE = ("compressed", "pruned", "block", "dense")
 _IN_STEP = ("compressed", "pruned")  # modes in which tokens pass each matrix once, behind its predecessors
-#: bytes; the packaged ones have a few hundred
-_LARGEST = 1 << 20
 _NO_RECIPES = {"models"}  # other tables that live beside the recipes
 
 
@@ -117,8 +114,7 @@ class Recipe:
         if not stages:
             raise UserError("no stages", where, f"add one of {', '.join(DEFAULT_METHOD)}")
         built = tuple(_build_stage(kind, options, where) for kind, options in stages)
-        if any(isinstance(stage.method, StructuredMethod) for stage in built[1:]):
-            raise UserError("a step that makes matrices smaller comes first, and once", where, "move it to the front")
+        _check_order(built, where)
         if run["propagate"] not in _IN_STEP and any("cross" in stage.method.needs for stage in built):
             raise UserError("target: dense needs propagate: compressed or pruned", where, "change one of them")
         return Recipe(
@@ -189,52 +185,6 @@ class Recipe:
         return any(fnmatchcase(name, p) for p in self.include) and not any(fnmatchcase(name, p) for p in self.exclude)
 
 
-def read_tree(path: Path) -> object:
-    """What a recipe's file holds.
-
-    Raises:
-        UserError: not readable as YAML.
-    """
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"more than {_LARGEST >> 20} MiB")
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, OSError) as error:
-        raise UserError(
-            f"not readable as YAML: {_one_line(error)}", str(path), "compare with configs/jsq.yaml"
-        ) from None
-
-
-def parse_value(text: str) -> object:
-    """A value from the command line, read as the recipe files are: ``0.5``, ``2:4``, ``int8``, ``[0, 4e-5]``."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"'{text}' is not readable: {_one_line(error)}", "--set", "quote it as YAML would") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: 4e-5 is a number and 2:4 is not (YAML 1.1 reads it in base 60). No aliases: a few lines of
-    them stand for billions of values, or for a list that holds itself."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf)$|\.(nan|NaN)$"),
-    list("-+0123456789."),
-)
-
-
 def _read_stage(entry: object, where: str) -> tuple[str, dict[str, object]]:
     if isinstance(entry, str):
         entry = {entry: {}}
@@ -293,6 +243,16 @@ def _build_stage(kind: str, options: dict[str, object], where: str) -> Stage:
     return Stage(kind, name, cls(**values), fields)
 
 
+def _check_order(stages: tuple[Stage, ...], where: str) -> None:
+    """Raises UserError if a stage stands where it cannot work."""
+    if any(isinstance(stage.method, StructuredMethod) for stage in stages[1:]):
+        raise UserError("a step that makes matrices smaller comes first, and once", where, "move it to the front")
+    for i, stage in enumerate(stages):
+        before = [earlier.method for earlier in stages[:i]]
+        if why := stage.method.misplaced(before):
+            raise UserError(why, f"{where}: {stage.kind}", "change the order of the stages, or leave one out")
+
+
 def _kv_cache(value: object, stages: tuple[Stage, ...], where: str) -> str:
     if value not in ("", "fp8"):
         raise UserError(
@@ -314,7 +274,3 @@ def _patterns(value: object, where: str) -> tuple[str, ...]:
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise UserError(f"targets are shell patterns such as '*.down_proj', not {value!r}", where)
     return tuple(items)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

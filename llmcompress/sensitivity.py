@@ -97,7 +97,7 @@ def allot(
     Args:
         costs: (blocks, 2) divergences at the two ratios that were ``tried``.
         sparsity: mean of the ratios, weighted by ``shares``.
-        shares: (blocks,) of all weights; blocks without any keep the mean.
+        shares: (blocks,) of all weights; what a block without any gets counts for nothing.
         limit: how far from it they may go.
     """
     log_cost = np.log(np.maximum(costs, 1e-12))

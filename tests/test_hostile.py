@@ -24,8 +24,9 @@ from llmcompress.measure import peak_memory_bytes
 from llmcompress.model.checkpoint import INDEX, Checkpoint, inside
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.plausible import BoundedFactories, require_plausible
-from llmcompress.recipe import Recipe, parse_value
+from llmcompress.recipe import Recipe
 from llmcompress.sampling import self_samples
+from llmcompress.yaml12 import parse_value
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 WORDS = st.sampled_from(

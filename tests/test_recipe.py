@@ -9,8 +9,9 @@ import pytest
 from llmcompress.core.grid import QuantGrid
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.errors import UserError
-from llmcompress.recipe import Recipe, parse_value
+from llmcompress.recipe import Recipe
 from llmcompress.resources import configs_dir
+from llmcompress.yaml12 import parse_value
 
 REQUIRED = [
     "rtn-w8a8", "magnitude-50", "wanda-50", "wanda-2of4", "wanda-4of8", "smoothquant-w8a8", "wanda-smoothquant",
@@ -57,6 +58,9 @@ def test_values_are_read_as_written(text: str, value: object) -> None:
     assert parse_value(text) == value and type(parse_value(text)) is type(value)
 
 
+WANDA, INT8 = {"prune": {"sparsity": 0.5}}, {"quantize": {"weights": "int8"}}
+
+
 def stages(*entries: object) -> dict[str, object]:
     return {"stages": list(entries)}
 
@@ -78,6 +82,23 @@ def stages(*entries: object) -> dict[str, object]:
         (stages({"quantize": {"weights": {"bits": 4, "grup": 8}}}), "did you mean 'group'"),
         (stages({"quantize": {"weights": "int8", "activations": "int8-g32-static"}}), "static scales"),
         (stages({"smooth": {"alpha": "much"}}), "not a number or auto"),
+        (stages({"smooth": {"alpha": -0.1}}), "alpha -0.1"),
+        (stages({"smooth": {"alpha": float("nan")}}), "nan is not a finite number"),
+        (stages({"smooth": {"method": "awq", "points": 0}}), "0 points"),
+        (stages({"prune": {"method": "sparsegpt", "sparsity": 0.5, "damping": 0.0}}), "damping 0"),
+        (stages({"prune": {"method": "sparsegpt", "sparsity": 0.5, "damping": float("inf")}}), "not a finite number"),
+        (stages({"prune": {"method": "sparsegpt", "sparsity": 0.5, "refit": True, "grow": -1}}), "-1 rounds"),
+        (stages({"prune": {"method": "refit", "damping": -0.1}}), "damping -0.1"),
+        (stages({"quantize": {"method": "gptq", "weights": "int4", "damping": 0.0}}), "damping 0"),
+        (stages({"quantize": {"method": "obr", "weights": "int4", "damping": 0.0}}), "damping 0"),
+        (stages(INT8, WANDA), "prune: nothing follows a quantize stage"),
+        (stages(INT8, {"smooth": {}}), "smooth: nothing follows a quantize stage"),
+        (stages(INT8, {"quantize": {"method": "gptq", "weights": "int4"}}), "nothing follows a quantize stage"),
+        (stages(WANDA, {"prune": {"method": "sparsegpt", "sparsity": 0.6}}), "sparsegpt decides on all zeros itself"),
+        (
+            stages({"smooth": {}}, {"quantize": {"method": "omniquant", "weights": "int8"}}),
+            "learns the smoothing itself",
+        ),
         (stages(), "no stages"),
         ({"stages": [], "stags": 1}, "did you mean 'stages'"),
         ([], "mapping"),

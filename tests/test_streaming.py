@@ -88,8 +88,9 @@ def test_a_walk_neither_holds_nor_needs_the_folder_on_whose_disk_its_forwards_wa
 
 
 VALUES: list[Any] = [
-    torch.randn(2, 3, 4), torch.randn(2, 3).bfloat16(), torch.randn(4, 3).T, torch.arange(12.0).view(3, 4)[:, 1:3],
-    (torch.randn(2), None), [torch.ones(1), (torch.zeros(2), 3, "a")], {"x": torch.ones(2, dtype=torch.int64)},
+    torch.randn(2, 3, 4), torch.randn(2, 3).bfloat16(), torch.randn(4, 3).T,
+    torch.arange(12.0).view(3, 4)[:, 1:3], (torch.randn(2), None),
+    [torch.ones(1), (torch.zeros(2), 3, "a")], {"x": torch.ones(2, dtype=torch.int64)},
 ]  # fmt: skip
 
 
@@ -97,6 +98,12 @@ VALUES: list[Any] = [
 def test_what_a_block_returns_reads_back_as_it_was(value: Any, tmp_path: Path) -> None:
     save_value(tmp_path / "value", value)
     same(value, load_value(tmp_path / "value"))
+
+
+def test_a_tensor_that_repeats_its_memory_reads_back_with_memory_of_its_own(tmp_path: Path) -> None:
+    x = torch.randn(1, 4).expand(3, 4)
+    save_value(tmp_path / "value", x)
+    assert torch.equal(load_value(tmp_path / "value"), x)
 
 
 def test_a_tensor_that_is_returned_twice_reads_back_twice(tmp_path: Path) -> None:

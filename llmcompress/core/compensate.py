@@ -83,7 +83,7 @@ class LeastSquares:
             curved = self._times_H(direction)
             step = slope / (curved * direction).sum(1).clamp(min=torch.finfo(Q.dtype).tiny)
             gain = step * slope
-            if float(gain.sum()) < least_gain * float(loss.sum()):
+            if not float(gain.sum()) > least_gain * float(loss.sum()):  # nothing is left to gain where both are zero
                 break
             loss = loss - gain
             Q.addcmul_(direction, step[:, None])

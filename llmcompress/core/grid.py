@@ -240,6 +240,8 @@ class QuantGrid:
             x: (..., features).
             levels: of a static grid, as fitted in calibration; None if dynamic.
         """
+        if not x.numel():
+            return x
         flat = x.reshape(-1, x.shape[-1])
         if levels is None and self.group == "tensor":
             levels = self.fit(flat, x.dtype)
@@ -252,7 +254,8 @@ class QuantGrid:
         """(rows, cols) seen as (rows or 1, G, columns sharing a scale)."""
         if self.group == "tensor":
             return x.reshape(1, 1, -1)
-        return x.reshape(x.shape[0], -1, self.group_size(x.shape[1]))
+        size = self.group_size(x.shape[1])
+        return x.reshape(x.shape[0], x.shape[1] // size, size)
 
     def _fit_mse(
         self, grouped: Tensor, low: Tensor, high: Tensor, scale_dtype: torch.dtype, weight: Tensor | None

@@ -69,6 +69,7 @@ class Matrix:
             values: (out, in) new values of what is kept, zero elsewhere; None leaves the weights that stay as they are.
             last: no later step reads the weights before: they are overwritten.
         """
+        self._require_unrounded()
         if last and values is None and self.keep is None:
             self.keep = keep
             zero_dropped(self.weight, keep)
@@ -79,6 +80,10 @@ class Matrix:
             self.weight = torch.where(self.keep, self.weight, 0.0)
         else:
             self.weight = values if earlier is None else values.masked_fill(~self.keep, 0.0)
+
+    def _require_unrounded(self) -> None:
+        if self.quantized is not None:
+            raise RuntimeError(f"{self.name}: its codes are fixed, and it is to change")
 
     def quantize(self, quantized: QuantizedWeight, out: Tensor | None = None) -> None:
         """Takes the rounded values, in the memory of ``out`` (out, in) if that is given. Zero is a level of every grid,
@@ -140,6 +145,7 @@ class MatrixGroup:
         before = 1.0 if self.smoothing is None else self.smoothing
         s = self.snap(before * s) / before
         for matrix in (*self.matrices, *self.bystanders):
+            matrix._require_unrounded()
             matrix.weight = matrix.weight * s
             matrix.aim = None if matrix.aim is None else matrix.aim * s
             matrix.unrounded = None if matrix.unrounded is None else matrix.unrounded * s
@@ -192,6 +198,10 @@ class Method:
     def misfit_blocks(self, shares: Sequence[float]) -> str:
         """Why the step cannot be taken on blocks with these shares of all weights; empty if it can."""
         return ""
+
+    def misplaced(self, before: Sequence[Method]) -> str:
+        """Why the step cannot be taken after those ``before`` it; empty if it can."""
+        return "nothing follows a quantize stage" if any(m.stage == "quantize" for m in before) else ""
 
     def join(self, following: Method) -> Method | None:
         """One step that does this and the ``following`` one together, better than in turn; None if there is none."""

@@ -82,7 +82,10 @@ class InputStats:
         if whole and rest == {"squares"} and x.device.type == "cpu":
             add_squares(self.sums["squares"], x)
             return
-        for part, same in zip(pieces(x), pieces(x if dense is None else dense), strict=True) if rest else ():
+        if not rest:
+            return
+        parts = ((part, part) for part in pieces(x)) if dense is None else zip(pieces(x), pieces(dense), strict=True)
+        for part, same in parts:
             self._add(rest, part, same)
 
     def _add(self, kinds: set[str], x32: Tensor, dense: Tensor) -> None:

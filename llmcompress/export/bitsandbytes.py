@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress.errors import UserError
-from llmcompress.export.companions import COMPANIONS
+from llmcompress.export.companions import companions
 from llmcompress.export.destination import RECORD, sha256
 from llmcompress.export.rewriting import conversion_record, new_folder
 
@@ -45,11 +45,11 @@ def to_bitsandbytes(folder: Path, output: Path, kind: str, force: bool = False) 
         except ImportError as error:
             raise UserError("bitsandbytes is not installed", kind, "pip install 'llmcompress[bitsandbytes]'") from error
         model.save_pretrained(partial)
-        for pattern in COMPANIONS:
-            for path in folder.glob(pattern):
-                if path.is_file() and not (partial / path.relative_to(folder)).exists():
-                    (partial / path.relative_to(folder)).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, partial / path.relative_to(folder))
+        for path in companions(folder):
+            place = partial / path.relative_to(folder)
+            if not place.exists():
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, place)
         shards = sorted(partial.glob("*.safetensors"))
         record = conversion_record(folder, kind, {shard.name: sha256(shard) for shard in shards})
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

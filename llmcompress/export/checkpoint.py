@@ -22,7 +22,15 @@ from torch import Tensor
 
 from llmcompress.errors import UserError
 from llmcompress.export.companions import COMPANIONS, companions
-from llmcompress.export.destination import check_output, is_full_disk, remove_abandoned, remove_empty, sha256, sync
+from llmcompress.export.destination import (
+    check_output,
+    is_full_disk,
+    put_in_place,
+    remove_abandoned,
+    remove_empty,
+    sha256,
+    sync,
+)
 from llmcompress.measure import release_freed_memory
 
 #: a larger ``add`` is split: the size hubs and loaders are used to
@@ -272,21 +280,8 @@ class CheckpointWriter:
         return json.dumps(index, indent=2) + "\n"
 
     def _replace(self) -> None:
-        """Renames the old folder away, the new one in, and only then deletes the old one."""
         own = self.output.parent / f".{self.output.name}.replaced-{os.getpid()}"
-        old = self.partial.parent / REPLACED if self._kept else own
-        replacing = self.output.exists()
-        if replacing:
-            self.output.rename(old)
-        try:
-            self.partial.rename(self.output)
-        except BaseException:
-            if replacing:
-                old.rename(self.output)
-            raise
-        sync(self.output.parent)
-        if replacing:
-            shutil.rmtree(old)
+        put_in_place(self.partial, self.output, self.partial.parent / REPLACED if self._kept else own)
 
 
 def _temporary(index: int) -> str:

@@ -124,6 +124,22 @@ def remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
+def put_in_place(written: Path, output: Path, old: Path) -> None:
+    """Renames what is there to ``old``, the ``written`` folder to ``output``, and only then deletes the old one."""
+    replacing = output.exists()
+    if replacing:
+        output.rename(old)
+    try:
+        written.rename(output)
+    except BaseException:
+        if replacing:
+            old.rename(output)
+        raise
+    sync(output.parent)
+    if replacing:
+        shutil.rmtree(old)
+
+
 def sync(path: Path) -> None:
     """Forces a file or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import UserError
-from llmcompress.export.destination import check_output, is_full_disk, remove_abandoned
+from llmcompress.export.destination import check_output, is_full_disk, put_in_place, remove_abandoned
 from llmcompress.measure import versions
 
 #: of a record: the layout that the folder was converted to
@@ -51,11 +51,7 @@ def new_folder(output: Path, force: bool = False, source: Path | None = None) ->
     partial.mkdir()
     try:
         yield partial
-        old = output.parent / f".{output.name}.replaced-{os.getpid()}"
-        if output.exists():
-            output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(partial, output, output.parent / f".{output.name}.replaced-{os.getpid()}")
     except OSError as error:
         if is_full_disk(error):
             raise UserError("the disk is full", str(output), "free some space or choose another folder") from error

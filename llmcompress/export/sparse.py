@@ -10,9 +10,9 @@ original file, which ``unpack`` checks."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llmcompress.errors import UserError
-from llmcompress.export.destination import refuse_network
+from llmcompress.export.destination import refuse_network, sha256
 from llmcompress.export.rewriting import new_folder
 from llmcompress.export.zeros import NIBBLE_ZERO, Array, Bytes, decode, encode, from_nibbles, to_nibbles
 
@@ -62,7 +62,7 @@ def pack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
     with new_folder(output, force, folder) as partial:
         for shard in shards:
             index["files"][shard.name] = _pack_shard(shard, partial / shard.name)
-        _copy_others(folder, partial, {"config.json": PACKED_CONFIG})
+        _copy_others(folder, partial, {"config.json": PACKED_CONFIG}, leave=index["files"])
         (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         after = sum((partial / shard.name).stat().st_size for shard in shards)
         before = sum(shard.stat().st_size for shard in shards)
@@ -88,9 +88,9 @@ def unpack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
                 _unpack_shard(folder / name, partial / name, entry["tensors"])
             except (SafetensorError, OSError, ValueError, KeyError) as error:
                 raise UserError(f"cannot be unpacked ({error})", str(folder / name), "fetch it again") from error
-            if _sha256(partial / name) != entry["sha256"]:
+            if sha256(partial / name) != entry["sha256"]:
                 raise UserError("does not unpack to the bytes that were packed", str(folder / name), "fetch it again")
-        _copy_others(folder, partial, {PACKED_CONFIG: "config.json"}, leave=(INDEX,))
+        _copy_others(folder, partial, {PACKED_CONFIG: "config.json"}, leave=(INDEX, *index["files"]))
         after = sum((partial / name).stat().st_size for name in index["files"])
         before = sum((folder / name).stat().st_size for name in index["files"])
     return {"before": before, "after": after}
@@ -115,7 +115,7 @@ def _pack_shard(shard: Path, target: Path) -> dict[str, Any]:
             listed[name] = {"coding": coding, "codes": _count(name, entry)} if coding else {}
             kept |= {f"{name}:{part}": value for part, value in parts.items()}
     save_file(kept, target)
-    return {"sha256": _sha256(shard), "tensors": listed}
+    return {"sha256": sha256(shard), "tensors": listed}
 
 
 def _smaller(name: str, data: Bytes, entry: dict[str, Any]) -> tuple[str, dict[str, Array]]:
@@ -181,19 +181,12 @@ def _tensors(header: bytes) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
 
 
-def _copy_others(folder: Path, target: Path, renamed: dict[str, str], leave: tuple[str, ...] = ()) -> None:
-    """All that is not weights, under new names where ``renamed`` has them."""
+def _copy_others(folder: Path, target: Path, renamed: dict[str, str], leave: Iterable[str]) -> None:
+    """All files but those to ``leave``, under new names where ``renamed`` has them."""
+    left = set(leave)
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and path.suffix != ".safetensors" and str(relative) not in leave:
+        if path.is_file() and str(relative) not in left:
             place = target / renamed.get(str(relative), str(relative))
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

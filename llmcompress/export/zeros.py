@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.generic]
 Bytes = NDArray[np.uint8]
 
-CODINGS = ("mask", "pairs")
 #: the two kept places of four
 _PAIRS = np.array([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])
 _PER_BYTE = 3

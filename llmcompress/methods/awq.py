@@ -46,6 +46,10 @@ class AWQ(Method):
     stage = "smooth"
     needs = frozenset({"mean_abs", "gram"})
 
+    def __post_init__(self) -> None:
+        if self.points < 1:
+            raise UserError(f"{self.points} points", "smooth.points", "use 1 or more")
+
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         grid = next((getattr(m, "weights", None) for m in rest if m.stage == "quantize"), None)
         if not isinstance(grid, QuantGrid):

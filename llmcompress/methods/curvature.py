@@ -15,6 +15,12 @@ from llmcompress.core.sweep import Factor, factorise
 from llmcompress.errors import UserError
 
 
+def check_damping(damping: float, where: str) -> None:
+    """Raises UserError unless it is above 0, from where it can be raised."""
+    if not damping > 0:
+        raise UserError(f"damping {damping:g}", where, "use a number above 0, such as 0.01")
+
+
 @dataclass(frozen=True)
 class Problem:
     """Which problem a second-order step solves.

@@ -23,7 +23,7 @@ from llmcompress.core.stats import UPDATE_ENTRIES, InputStats, add_gram, mirror
 from llmcompress.core.sweep import sweep
 from llmcompress.core.targets import Mask, Round
 from llmcompress.errors import UserError
-from llmcompress.methods.curvature import Curvature, Problem, gram_for
+from llmcompress.methods.curvature import Curvature, Problem, check_damping, gram_for
 from llmcompress.methods.rtn import RTN, check_kinds, check_outputs, set_activation_grid, set_output_grids, unmatched
 
 
@@ -58,6 +58,7 @@ class GPTQ(Method):
     def __post_init__(self) -> None:
         check_outputs(self.activations, self.quantize_outputs)
         check_kinds(self.weights, self.activations)
+        check_damping(self.damping, "quantize.damping")
         if self.weights.kind == "nvfp4":
             raise UserError("nvfp4's outer scale is of weights before the sweep", "quantize", "use method: rtn")
 
@@ -71,8 +72,8 @@ class GPTQ(Method):
 
     @property
     def by_rows(self) -> bool:  # type: ignore[override]
-        """Where rows share no scale."""
-        return self.weights.group != "tensor" and not self.refit
+        """Where rows share no scale, and no random numbers."""
+        return self.weights.group != "tensor" and self.weights.stochastic is None and not self.refit
 
     def misfit(self, columns: int) -> str:
         return RTN(self.weights, self.activations).misfit(columns)

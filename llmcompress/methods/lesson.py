@@ -105,7 +105,7 @@ class Lesson:
     def learn(self) -> None:
         """Leaves the groups in the best state that was seen."""
         start = self._judged()
-        if not start > 0 or not self.groups:
+        if not start > 0 or not any(g.start is not None or self.recipe.clips for g in self.groups):
             return
         best, kept, lowest, stale, epoch = start, self._state(), math.inf, 0, 0
         steps = self._descent(start)

@@ -26,7 +26,7 @@ from llmcompress.core.grid import Levels, QuantGrid, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
-from llmcompress.methods.curvature import Curvature, Problem, gram_for
+from llmcompress.methods.curvature import Curvature, Problem, check_damping, gram_for
 from llmcompress.methods.gptq import run_time_gram
 from llmcompress.methods.rtn import RTN, set_activation_grid
 
@@ -53,6 +53,7 @@ class OBR(Method):
     stage = "quantize"
 
     def __post_init__(self) -> None:
+        check_damping(self.damping, "quantize.damping")
         if not 0 < self.share < 1:
             raise UserError(f"share {self.share} leaves nothing to restore from", "quantize.share", "use e.g. 0.5")
 

@@ -15,7 +15,8 @@ taken in order, so the same rows give the same result."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmcompress.core.block import BlockView
@@ -81,8 +82,13 @@ class OmniQuant(Method):
     def misfit(self, columns: int) -> str:
         return self._rounding.misfit(columns)
 
-    def draft(self) -> Method:
-        return self
+    def misplaced(self, before: Sequence[Method]) -> str:
+        smooths = any(method.stage == "smooth" for method in before)
+        return "omniquant learns the smoothing itself" if smooths else super().misplaced(before)
+
+    def draft(self) -> OmniQuant:
+        """Trials have one lane."""
+        return self if self.target == "compressed" else replace(self, target="compressed")
 
     def for_block(self, view: BlockView) -> Method:
         lesson = Lesson(self, view)
@@ -91,7 +97,6 @@ class OmniQuant(Method):
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         """What learning starts from: there is no block to learn on."""
-        refuse_smoothed(group)
         if self.alpha is not None:
             SmoothQuant(self.alpha).apply(group, stats)
         return self._rounding.apply(group, stats)
@@ -99,12 +104,6 @@ class OmniQuant(Method):
     @property
     def _rounding(self) -> RTN:
         return RTN(self.weights, self.activations)
-
-
-def refuse_smoothed(group: MatrixGroup) -> None:
-    """Raises UserError if an earlier stage smoothed the group."""
-    if group.smoothing is not None:
-        raise UserError("omniquant learns the smoothing itself", "recipe", "remove the smooth stage before it")
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,18 @@ class LearnedQuant(Method):
 
     stage = "quantize"
 
+    @property
+    def weights(self) -> QuantGrid:
+        """Grid of the weights."""
+        return self.recipe.weights
+
+    @property
+    def activations(self) -> QuantGrid | None:
+        """Grid of the inputs."""
+        return self.recipe.activations
+
     def draft(self) -> Method:
-        return self.recipe  # trials see some of a matrix's rows only
+        return self.recipe.draft()  # trials see some of a matrix's rows only
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         found = self.learned.get(group.name)
@@ -133,7 +142,6 @@ class LearnedQuant(Method):
                 f"{group.name}: smoothed and rounded without learning, it cannot be tried in its block"
             )
             return self.recipe.apply(group, stats, rest)
-        refuse_smoothed(group)
         group.figures |= self.figures
         if found.scale is not None:
             group.smooth(found.scale, stats)

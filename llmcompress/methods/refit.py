@@ -8,12 +8,12 @@ Departure: the paper descends by gradients; here conjugate gradients solve the l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.stats import InputStats
-from llmcompress.methods.curvature import Curvature, Problem, gram_for
+from llmcompress.methods.curvature import Curvature, Problem, check_damping, gram_for
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,17 @@ class Refit(Method):
 
     stage = "prune"
 
+    def __post_init__(self) -> None:
+        check_damping(self.damping, "prune.damping")
+
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """The Gram matrix; for the dense target the cross-Gram too."""
         return frozenset({"gram", "cross"} if self.target == "dense" else {"gram"})
+
+    def draft(self) -> Refit:
+        """Trials have one lane."""
+        return self if self.target == "compressed" else replace(self, target="compressed")
 
     def apply(self, group: MatrixGroup, stats: InputStats, rest: tuple[Method, ...] = ()) -> InputStats:
         if all(matrix.keep is None for matrix in group):

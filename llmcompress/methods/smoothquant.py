@@ -38,6 +38,10 @@ class SmoothQuant(Method):
 
     stage = "smooth"
 
+    def __post_init__(self) -> None:
+        if self.alpha != "auto" and not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha {self.alpha:g}", "smooth.alpha", "use a number from 0 to 1, or auto")
+
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """The range of the inputs; to choose α, the rows too."""

@@ -19,7 +19,7 @@ from llmcompress.core.stats import InputStats
 from llmcompress.core.sweep import sweep
 from llmcompress.core.targets import Mask
 from llmcompress.errors import UserError
-from llmcompress.methods.curvature import Curvature, Problem, gram_for
+from llmcompress.methods.curvature import Curvature, Problem, check_damping, gram_for
 from llmcompress.methods.gptq import GPTQ
 from llmcompress.methods.sparsegpt_gptq import SparseGPTQ
 
@@ -52,6 +52,9 @@ class SparseGPT(Method):
     stage = "prune"
 
     def __post_init__(self) -> None:
+        check_damping(self.damping, "prune.damping")
+        if self.grow < 0:
+            raise UserError(f"{self.grow} rounds", "prune.grow", "use 0 or more")
         if self.grow and not self.refit:
             raise UserError("zeros move by the residual of a refit", "prune.grow", "set refit: true")
         if self.ramp and self.ratios:
@@ -71,6 +74,10 @@ class SparseGPT(Method):
 
     def misfit(self, columns: int) -> str:
         return self.sparsity.misfit(columns)
+
+    def misplaced(self, before: Sequence[Method]) -> str:
+        pruned = any(method.stage == "prune" for method in before)
+        return "sparsegpt decides on all zeros itself" if pruned else super().misplaced(before)
 
     @property
     def uneven(self) -> bool:

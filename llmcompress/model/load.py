@@ -7,7 +7,7 @@ under other names load too."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,10 +210,6 @@ class BlockwiseModel:
     def merges_expert(self, module: str) -> bool:
         """Whether transformers stacks the tensors of this matrix with those of other experts when it loads them."""
         return bool(self.expert_layer(module)) and f"{module}.weight" not in self.cuts
-
-    def _block_parameters(self) -> Iterator[str]:
-        for block in self.blocks:
-            yield from (f"{block.name}.{name}" for name, _ in block.module.named_parameters())
 
     def _read_schemes(self) -> dict[str, Scheme]:
         quantization: dict[str, Any] | None = self.checkpoint.config.get("quantization_config")

@@ -26,13 +26,14 @@ import yaml
 from llmcompress.core.group import Method
 from llmcompress.errors import UserError, nearest
 from llmcompress.fields import converted
-from llmcompress.recipe import Recipe, parse_value, read_tree
+from llmcompress.recipe import Recipe
 from llmcompress.resources import configs_dir
 from llmcompress.vision.channels import ChannelOptions
 from llmcompress.vision.masks import ScoreOptions
 from llmcompress.vision.mixed import MixedOptions, check_mixed
 from llmcompress.vision.soft import NORMS
 from llmcompress.vision.tune import TuneOptions
+from llmcompress.yaml12 import parse_value, read_tree
 
 #: steps that need no more of a network than the inputs of its matrices
 METHODS = ("magnitude", "wanda", "sparsegpt", "jsq", "refit", "rtn", "gptq")

@@ -49,6 +49,14 @@ def test_refit_never_raises_the_loss_of_a_row():
     assert loss[0] < 0.05 * p.loss(start)[0]
 
 
+def test_a_refit_that_starts_at_its_optimum_takes_no_step(monkeypatch):
+    p = problem()
+    products, multiply = [], LeastSquares._times_H
+    monkeypatch.setattr(LeastSquares, "_times_H", lambda self, E: products.append(1) or multiply(self, E))
+    Q, loss = p.refit(torch.ones_like(p.W, dtype=torch.bool), p.W)
+    assert torch.equal(Q, p.W) and not loss.any() and len(products) == 2
+
+
 @pytest.mark.parametrize("m", [0, 4])
 def test_moving_zeros_keeps_their_number_and_lowers_the_loss(m):
     p = problem()

@@ -143,6 +143,14 @@ def test_all_zero_group_reads_back_as_zero() -> None:
         assert (levels.scale > 0).all() and (grid.round(x, levels) == 0).all()
 
 
+@pytest.mark.parametrize("text", ["int8", "int8-tensor", "int8-g8", "int8-asym", "int8-tensor-asym"])
+def test_no_rows_are_rounded_to_no_rows(text: str) -> None:
+    assert QuantGrid.parse_activations(text).round_activations(torch.empty(0, 16)).shape == (0, 16)
+    if "tensor" not in text:
+        grid = QuantGrid.parse_weights(text)
+        assert grid.fit(torch.empty(0, 16)).scale.shape == (0, 16 // grid.group_size(16))
+
+
 def test_static_activations_use_the_calibrated_levels() -> None:
     grid = QuantGrid(8, group="tensor")
     levels = grid.levels(torch.tensor([[-1.0]]), torch.tensor([[2.0]]))

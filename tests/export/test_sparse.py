@@ -117,6 +117,37 @@ def test_tensors_of_every_type_and_odd_sizes_come_back(tmp_path: Path) -> None:
     assert contents(tmp_path / "back") == contents(plain)
 
 
+def test_weights_in_folders_within_travel_as_they_are(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    (plain / "adapter").mkdir(parents=True)
+    for name in ("model", "adapter/adapter_model"):
+        save_file({"a": torch.zeros(50)}, plain / f"{name}.safetensors")
+    (plain / "config.json").write_text("{}")
+    pack(plain, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(plain)
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    plain.mkdir()
+    save_file({"a": torch.zeros(50)}, plain / "model.safetensors")
+    (plain / "config.json").write_text("{}")
+    (plain / "llmcompress.json").write_text("{}")
+    pack(plain, packed)
+    before, rename = contents(packed), Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise PermissionError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(PermissionError):
+        pack(plain, packed, force=True)
+    assert contents(packed) == before and sorted(p.name for p in tmp_path.iterdir()) == ["packed", "plain"]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 15), max_size=70), st.sampled_from([0, 8]), st.sampled_from([4, 8]))
 def test_any_codes_come_back(codes: list[int], zero: int, bits: int) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.core.block import BlockView
 from llmcompress.core.grid import QuantGrid
-from llmcompress.core.group import Matrix, MatrixGroup, Method
+from llmcompress.core.group import MatrixGroup, Method
 from llmcompress.core.stats import InputStats
 from llmcompress.core.straight_through import round_through
 from llmcompress.errors import UserError
@@ -223,13 +223,13 @@ def test_a_block_seen_through_the_view_is_the_block(tmp_path: Path) -> None:
         torch.testing.assert_close(plain, states[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_smooth_stage_before_it_is_refused() -> None:
-    group = MatrixGroup([Matrix("m", torch.randn(8, 16))])
-    stats = InputStats(16, OmniQuant(W4).needs)
-    stats.update(torch.randn(20, 16))
-    group.smooth(torch.full((16,), 2.0), stats)
-    with pytest.raises(UserError, match="remove the smooth stage"):
-        OmniQuant(W4).apply(group, stats)
+@pytest.mark.parametrize("options", [{"clips": False}, {"clips": False, "alpha": None}, {}])
+def test_inputs_that_no_norm_writes_leave_only_clipping_to_learn(options: dict[str, object], tmp_path: Path) -> None:
+    path = tiny_folder(tmp_path, "llama")
+    method = replace(OmniQuant(W4, A6), **options)
+    only = Recipe("omniquant", (Stage("quantize", "omniquant", method, {}),), include=("*.down_proj",))
+    for block in Walk(BlockwiseModel(Checkpoint(path), torch.float32), only, TOKENS).run():
+        assert (figures(block).get("epochs", 0) > 0) == method.clips
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"samples": 0}, {"batch": 0}, {"scales": False, "clips": False}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
 from llmcompress.errors import UserError
-from llmcompress.methods import curvature
+from llmcompress.methods import METHODS, curvature
 from llmcompress.methods.awq import AWQ, clipped
 from llmcompress.methods.gptq import GPTQ, run_time_gram
 from llmcompress.methods.rtn import RTN
@@ -145,6 +147,39 @@ def test_rounding_after_a_refit_holds_its_mask():
         assert torch.equal(before.keep, after.keep)
         assert (after.weight[~after.keep] == 0).all()
     assert error(rounded) < 1.1 * error(refit)
+
+
+def test_drafts_have_no_use_for_a_second_lane():
+    given = {"sparsity": HALF, "weights": QuantGrid(8), "target": "dense"}
+    aiming = [cls for cls in METHODS.values() if "target" in {f.name for f in fields(cls)}]
+    assert len(aiming) == 4
+    for cls in aiming:
+        method = cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
+        assert "cross" in method.needs and "cross" not in method.draft().needs
+
+
+@pytest.mark.parametrize("weights", ["int4", "int4-g8", "int4-asym-mse", "int4-stochastic"])
+def test_rows_that_are_decided_for_themselves_can_be_decided_apart(weights):
+    method = GPTQ(QuantGrid.parse_weights(weights))
+    whole, parts = Matrix("m", torch.randn(12, 32, generator=torch.Generator().manual_seed(0))), []
+    for rows in (slice(0, 6), slice(6, 12)):
+        parts.append(Matrix("m", whole.weight[rows].clone()))
+    for matrix in (whole, *parts):
+        stats = InputStats(32, method.needs)
+        stats.update(torch.randn(100, 32, generator=torch.Generator().manual_seed(1)))
+        method.apply(MatrixGroup([matrix]), stats)
+    alike = torch.allclose(whole.weight, torch.cat([part.weight for part in parts]), atol=1e-5)  # sums differ
+    assert alike == method.by_rows
+
+
+def test_what_is_rounded_does_not_change_any_more():
+    group = MatrixGroup([Matrix("m", torch.randn(8, 16))])
+    stats = InputStats(16, {"absmax"})
+    RTN(QuantGrid(8)).apply(group, stats)
+    with pytest.raises(RuntimeError, match="codes are fixed"):
+        Wanda(HALF).apply(group, InputStats(16, {"squares"}))
+    with pytest.raises(RuntimeError, match="codes are fixed"):
+        group.smooth(torch.ones(16), stats)
 
 
 def test_growing_without_a_refit_is_refused():

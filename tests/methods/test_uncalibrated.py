@@ -11,8 +11,10 @@ from llmcompress.core.grid import QuantGrid
 from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
 from llmcompress.core.sparsity import Sparsity
 from llmcompress.core.stats import InputStats
+from llmcompress.errors import UserError
 from llmcompress.methods.gptq import GPTQ
 from llmcompress.methods.magnitude import Magnitude
+from llmcompress.methods.omniquant import LearnedQuant, OmniQuant
 from llmcompress.methods.rtn import RTN
 from llmcompress.methods.sparsegpt import SparseGPT
 from llmcompress.methods.uncalibrated import RIDGE, steadied, without_rows
@@ -54,3 +56,11 @@ def test_without_rows_sparsity_and_grid_stay() -> None:
     pruned, rounded = without_rows(steps, "m")
     assert pruned == Magnitude(HALF)
     assert rounded == RTN(INT4, QuantGrid(8, True, "token", True))
+
+
+def test_without_rows_learned_ranges_give_way_to_rounding_and_static_inputs_are_refused() -> None:
+    learned = LearnedQuant(OmniQuant(INT4, QuantGrid(8, True, "token", True)), {}, {})
+    assert without_rows((learned,), "m") == (RTN(INT4, QuantGrid(8, True, "token", True)),)
+    static = LearnedQuant(OmniQuant(INT4, QuantGrid.parse_activations("int8-static")), {}, {})
+    with pytest.raises(UserError, match="too few calibration tokens"):
+        without_rows((static,), "m")
