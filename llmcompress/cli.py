@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"llmcompress: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would fail
+        return 0
     except KeyboardInterrupt as error:
         print(f"llmcompress: interrupted, {str(error) or 'nothing was written'}", file=sys.stderr)
         return 130

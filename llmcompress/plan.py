@@ -22,6 +22,7 @@ from llmcompress.export.quantized import (
 )
 from llmcompress.model.load import BlockwiseModel
 from llmcompress.model.matrix import MatrixView, is_matrix
+from llmcompress.needs import samples_needed
 from llmcompress.recipe import Recipe
 from llmcompress.recompress import affordable_interval, kept_bytes
 from llmcompress.rehearsal import spans
@@ -38,6 +39,8 @@ class Plan:
     """What `--dry-run` prints.
 
     Attributes:
+        steps: of the recipe, in order, each with its method.
+        rows: of the calibration that the steps read, and tokens per row.
         blocks: by block name, its input groups.
         share: of the blocks' weights, what will be compressed.
         peak_memory_bytes: predicted high-water mark of the process.
@@ -45,6 +48,8 @@ class Plan:
         notes: what will be stored otherwise than the recipe's bits suggest.
     """
 
+    steps: list[str] = field(default_factory=list)
+    rows: tuple[int, int] = (0, 0)
     blocks: dict[str, list[PlannedGroup]] = field(default_factory=dict)
     share: float = 0.0
     peak_memory_bytes: int = 0
@@ -59,6 +64,8 @@ class Plan:
         """For the terminal."""
         lines = group_lines(self.blocks)
         lines += [
+            f"steps        {', '.join(self.steps)}",
+            f"calibration  {self.rows[0]} × {self.rows[1]} tokens",
             f"compressed   {self.share:.1%} of the blocks' weights",
             f"memory       about {self.peak_memory_bytes / 2**30:.2f} GiB at the peak",
             f"on disk      {_mib(self.size_bytes['before'])} → about {_mib(self.size_bytes['after'])}",
@@ -73,6 +80,8 @@ def make_plan(model: BlockwiseModel, recipe: Recipe, samples: int, length: int) 
     targeted = set(check_fit(walked, model))
     removed = removable(model, recipe)
     plan = Plan(size_bytes={"before": model.checkpoint.size_bytes, "after": estimate_size(model, walked, removed)})
+    plan.steps = [f"{stage.kind} ({stage.method_name})" for stage in recipe.stages]
+    plan.rows = (samples if recipe.structured else samples_needed(walked, samples, length), length)
     compressed = total = 0
     largest_block = widest = 0
     for block, found in survey(model):

@@ -95,7 +95,7 @@ class Progress:
         if relative_error is not None and (self._worst is None or not relative_error <= self._worst[1]):
             self._worst = name, relative_error
         if self._bar is not None:
-            self._bar.set_postfix_str(name if relative_error is None else f"{name} error {relative_error:.1e}")
+            self._bar.set_postfix_str(name if relative_error is None else f"{name} {relative_error:.1e}")
 
     def note(self, text: str) -> None:
         """Tells how far the work on the block is, beside the bar."""

@@ -10,11 +10,12 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
+from textwrap import wrap
 from typing import Any
 
 from llmcompress.evaluate.divergence import Divergence
 from llmcompress.measure import Phases, peak_memory_bytes, versions
-from llmcompress.table import aligned, bytes_text, change, figure, grouped_warnings
+from llmcompress.table import aligned, bytes_text, change, figure, grouped_warnings, rows_text
 
 __all__ = ["BlockReport", "GroupReport", "MatrixReport", "Phases", "Report", "peak_memory_bytes", "versions"]
 
@@ -217,13 +218,13 @@ class Report:
         size, perplexity = self.size_bytes, self.perplexity
         rows = [["size of the weights", bytes_text(size["before"]), bytes_text(size["after"]), change(size)]]
         if self.structure:
-            asked = f"of {self.structure['target']:.1%}"
+            asked = f"asked {self.structure['target']:.1%}"
             rows.append(["removed from the blocks' matrices", "", f"{self.structure['achieved']:.2%}", asked])
         if self.effective_bits is not None and self.sparsity is not None:
             rows.append(["bits per compressed weight", "", f"{self.effective_bits:.2f}", ""])
             rows.append(["zeros in compressed weights", "", f"{self.sparsity:.1%}", ""])
         if self.kl_divergence is not None and self.top1_agreement is not None:
-            spread = "" if self.kl_stderr is None else f"± {self.kl_stderr:.5f}"
+            spread = "" if self.kl_stderr is None else f"s.e. {self.kl_stderr:.5f}"
             before, after = (figure(perplexity[key], ".3f") for key in ("before", "after"))
             rows.append(["perplexity per token", before, after, change(perplexity)])
             rows.append(["KL divergence, nats per token", "", figure(self.kl_divergence, ".5f"), spread])
@@ -259,19 +260,19 @@ class Report:
             )
         for name, rows in (("calibrated", self.calibration), ("evaluated", self.evaluation)):
             if rows:
-                lines.append(f"{name} on {rows['source']}: {rows['samples']} × {rows['length']} tokens")
+                lines.append(f"{name} on {rows_text(rows)}")
         if self.determinism:
             lines.append(f"determinism: {self.determinism}")
         return lines
 
 
 def saving_lines(savings: list[dict[str, str]]) -> list[str]:
-    """Where each saving is real, a line each."""
-    return [
-        f"{s['what']}: on disk {s['disk']}; in memory {s['memory']}; in time on a CPU {s['cpu']}, on a GPU {s['gpu']}; "
-        f"served by {s['server']}"
-        for s in savings
-    ]
+    """Where each saving is real, in lines that fit a terminal."""
+    lines = []
+    for s in savings:
+        where = f"on disk {s['disk']}; in memory {s['memory']}; in time on a CPU {s['cpu']}, on a GPU {s['gpu']}"
+        lines += wrap(f"{s['what']}: {where}; served by {s['server']}", 100, subsequent_indent="  ")
+    return lines
 
 
 def _weighted_mean(matrices: list[MatrixReport], attribute: str) -> float | None:

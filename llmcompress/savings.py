@@ -1,7 +1,8 @@
 """Where a saving is real: on disk, in memory, in time; on a CPU, on which GPUs, in which server. One row per format.
 
-What servers run was read from vLLM's documentation and sources (0.9 to 0.32); CPU statements are measured
-(scripts/results/runtime.json). Nothing here was measured on a GPU."""
+What servers run was read from vLLM's documentation and sources (0.9 to 0.32). What a CPU gains was measured on a model
+of 1.1 billion parameters (scripts/results/runtime.json), and `bench` says what a folder gains where it is run. Nothing
+here was measured on a GPU."""
 
 from __future__ import annotations
 
@@ -44,11 +45,11 @@ _TWO_OF_FOUR = Saving(
 )  # fmt: skip
 _INT8 = Saving(
     "integer weights and inputs", "yes", f"llmcompress.load, vLLM; {_TRANSFORMERS}",
-    "llmcompress.load (1.6× prefill, 1.6× decode of bfloat16), vLLM", "Turing to Hopper, not Blackwell", "vLLM, SGLang",
+    "llmcompress.load, vLLM", "Turing to Hopper, not Blackwell", "vLLM, SGLang",
 )  # fmt: skip
 _INT4 = Saving(
     "4-bit weights", "yes", f"llmcompress.load, vLLM; {_TRANSFORMERS}",
-    "llmcompress.load: decode (2.2× of bfloat16), not prefill", "Ampere or newer: decode of small batches",
+    "llmcompress.load: decode, not prefill", "Ampere or newer: decode of small batches",
     "vLLM, SGLang",
 )  # fmt: skip
 _FP8_INPUTS = Saving(

@@ -48,6 +48,8 @@ def draw_tokens(source: Source, samples: int, progress: Progress) -> tuple[Tenso
     Texts are read first, as they may be too short; what the model has to write itself is written in one go.
     """
     o = source.options
+    if samples < o.samples:
+        progress.say(f"{samples} of {o.samples} calibration rows are read: no step needs more")
     rows = eval_rows = None
     wanted: list[tuple[int, int, int]] = []
     if samples and o.calibration == "self":

@@ -76,6 +76,7 @@ def _described(block: str, groups: list[PlannedGroup]) -> list[str]:
         firsts.setdefault(kind, own)
     lines = []
     for (names, width, fold), number in kinds.items():
+        can = "can fold " if fold.startswith("into") else ""
         own = firsts[names, width, fold] if number == 1 else f"{names} ({number} times)"
-        lines.append(f"  {own:58s} {width:6d} inputs   smoothing {fold}")
+        lines.append(f"  {own:58s} {width:6d} inputs   smoothing {can}{fold}")
     return lines

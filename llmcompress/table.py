@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 _WARNINGS_SHOWN = 12
@@ -48,6 +49,12 @@ def bytes_text(count: float | None) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     return ""
+
+
+def rows_text(rows: Mapping[str, Any]) -> str:
+    """``16 × 128 tokens of its own samples`` or ``… of FILE``: what a model was calibrated or judged on."""
+    text = "its own samples" if rows.get("source") == "self" else str(rows.get("source"))
+    return f"{rows.get('samples')} × {rows.get('length')} tokens of {text}"
 
 
 def change(pair: dict[str, Any]) -> str:

@@ -11,6 +11,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 Record = dict[str, Any]
+#: mark and colour of each method, the same in every plot
+STYLES = {
+    "Wanda": ("o", "C0"), "SparseGPT": ("s", "C1"), "LLM-Pruner": ("X", "black"), "SmoothQuant": ("P", "C6"),
+    "LLM-Pruner + SmoothQuant": ("D", "C4"), "OmniQuant": ("<", "C8"), "Wanda + SmoothQuant": ("^", "C2"),
+    "SparseGPT + SmoothQuant": ("v", "C3"), "JSQ": ("p", "C5"), "OBR": (">", "C7"), "JSQ-plus": ("*", "C9"),
+}  # fmt: skip
+#: between two methods at a budget, which is 1 wide
+APART = 0.1
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -108,21 +116,22 @@ def plot(found: dict[str, Any], file: Path) -> None:
 
 
 def _panel(panel: Any, text: str, cells: list[Record], budgets: list[str], methods: list[str]) -> None:
-    marks, colors = "os^vD<>Pp*X", [f"C{i}" for i in range(10)] + ["black"]
-    width = 0.7 / max(1, len(methods) - 1)
-    for number, method in enumerate(methods):
-        rows = [[c["texts"][text]["kl"] for c in cells if (c["method"], c["budget"]) == (method, b)] for b in budgets]
-        known: list[tuple[float, list[float]]] = [
-            (place + (number - (len(methods) - 1) / 2) * width, row)
-            for place, row in enumerate(rows)
-            if row and all(math.isfinite(v) for v in row)
-        ]
+    for method in methods:
+        known: list[tuple[float, list[float]]] = []
+        for place, budget in enumerate(budgets):
+            row = [c["texts"][text]["kl"] for c in cells if (c["method"], c["budget"]) == (method, budget)]
+            there = [m for m in methods if any((c["method"], c["budget"]) == (m, budget) for c in cells)]
+            if row and all(math.isfinite(v) for v in row):
+                known.append((place + (there.index(method) - (len(there) - 1) / 2) * APART, row))
         if not known:
             continue
         middle: Callable[[list[float]], float] = mean
-        style = {"fmt": marks[number % len(marks)], "color": colors[number % len(colors)], "markersize": 6}
+        mark, color = STYLES[method]
         spans = [[middle(row) - min(row) for _, row in known], [max(row) - middle(row) for _, row in known]]
-        panel.errorbar([x for x, _ in known], [middle(row) for _, row in known], yerr=spans, label=method, **style)
+        panel.errorbar(
+            [x for x, _ in known], [middle(row) for _, row in known], yerr=spans,
+            label=method, fmt=mark, color=color, markersize=6,
+        )  # fmt: skip
     for edge in range(1, len(budgets)):
         panel.axvline(edge - 0.5, color="0.9", linewidth=0.8, zorder=0)
     panel.set_xlim(-0.5, len(budgets) - 0.5)

@@ -47,7 +47,7 @@ def test_a_terminal_gets_one_bar_with_the_matrix_and_its_error() -> None:
     stream = Terminal()
     walk(Progress(stream=stream))
     shown = stream.getvalue()
-    assert "3/3" in shown and "layers.2" in shown and "mlp.down_proj error 3.4e-02" in shown
+    assert "3/3" in shown and "layers.2" in shown and "mlp.down_proj 3.4e-02" in shown
     assert "block 1/3" not in shown
 
 

@@ -48,8 +48,8 @@ class Advice:
 def advice(report: Report) -> list[Advice]:
     """What follows from the figures, in the order of what it may bring."""
     found = [
-        _evaluate(report), _stronger(report), _spare(report), _smooth(report), _recover(report), _more_text(report),
-        _go_further(report), _more_judged(report),
+        _evaluate(report), _more_tokens(report), _stronger(report), _spare(report), _smooth(report), _recover(report),
+        _own_text(report), _go_further(report), _more_judged(report),
     ]  # fmt: skip
     return [item for item in found if item is not None]
 
@@ -78,7 +78,7 @@ def _stronger(report: Report) -> Advice | None:
         return None
     why = (
         f"KL {report.kl_divergence:.4f} is at least {LITTLE}, and {better} has the same budget and lost less where "
-        "both were measured."
+        "both were measured, on 64 × 512 calibration tokens."
     )
     return Advice(f"Try the recipe {better}.", why, f"--recipe {better}")
 
@@ -118,18 +118,24 @@ def _recover(report: Report) -> Advice | None:
     return Advice("Train what is left for some steps.", why, "--recover-steps 200")
 
 
-def _more_text(report: Report) -> Advice | None:
-    rows = report.calibration
-    tokens = rows.get("samples", 0) * rows.get("length", 0)
-    if not tokens or (report.kl_divergence or MUCH) < LITTLE:
+def _tokens(report: Report) -> int:
+    return int(report.calibration.get("samples", 0) * report.calibration.get("length", 0))
+
+
+def _more_tokens(report: Report) -> Advice | None:
+    tokens = _tokens(report)
+    if not 0 < tokens < FEW_TOKENS or (report.kl_divergence or MUCH) < LITTLE:
         return None
-    if tokens < FEW_TOKENS:
-        why = f"Calibrated on {tokens} tokens, fewer than {FEW_TOKENS}."
-        return Advice("Calibrate on more tokens.", why, f"--samples {-(-2 * FEW_TOKENS // rows['length'])}")
-    if rows.get("source") == "self":
-        why = f"KL is at least {LITTLE}, and the calibration rows are the model's own samples."
-        return Advice("Calibrate on text like that of its later use.", why, "--calibration FILE.txt")
-    return None
+    why = f"Calibrated on {tokens} tokens, fewer than {FEW_TOKENS}: the stronger a method, the more it needs."
+    return Advice("Calibrate on more tokens.", why, f"--samples {-(-2 * FEW_TOKENS // report.calibration['length'])}")
+
+
+def _own_text(report: Report) -> Advice | None:
+    tokens, kl = _tokens(report), report.kl_divergence or MUCH
+    if tokens < FEW_TOKENS or kl < LITTLE or report.calibration.get("source") != "self":
+        return None
+    why = f"KL is at least {LITTLE}, and the calibration rows are the model's own samples."
+    return Advice("Calibrate on text like that of its later use.", why, "--calibration FILE.txt")
 
 
 def _go_further(report: Report) -> Advice | None:

@@ -38,11 +38,11 @@ def text(groups: list[Ranked]) -> str:
 def table(group: Ranked) -> list[list[str]]:
     """Head and one row a result. ``frontier`` names the axes on which no other result is as good and loses less."""
     timed = [kind for kind in SPEEDS if any(kind in r.speeds for r in group.results)]
-    heads = ["#", "result", "size", "", "bits", "zeros", "perplexity", "KL", "", "top-1"]
+    heads = ["#", "result", "size", "", "bits", "zeros", "perplexity", "KL", "s.e.", "top-1"]
     rows = [[*heads, *(f"{kind} tok/s" for kind in timed), "frontier"]]
     for number, result in enumerate(group.results):
         r, speeds = result.report, [result.speeds.get(kind) for kind in timed]
-        spread = "" if r.kl_stderr is None else f"± {r.kl_stderr:.5f}"
+        spread = "" if r.kl_stderr is None else f"{r.kl_stderr:.5f}"
         rows.append([
             str(number + 1), _called(result), bytes_text(r.size_bytes["after"]), change(r.size_bytes),
             figure(r.effective_bits, ".2f"), figure(r.sparsity, ".1%"), figure(r.perplexity["after"], ".3f"),

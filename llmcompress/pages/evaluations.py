@@ -68,6 +68,12 @@ def judgements(content: dict[str, Any]) -> list[Judgement]:
     return found
 
 
+def limited(content: dict[str, Any]) -> str:
+    """What was left out of an evaluation, in a sentence; empty if nothing was."""
+    limit = content["options"].get("limit") if content else None
+    return f"Only the first {limit} windows of each text and documents of each task were evaluated." if limit else ""
+
+
 def _of_text(text: dict[str, Any]) -> list[Judgement]:
     same = (text["sha256"], text["windowing"], text["tokens"])
     name, beside = PurePath(text["text"]).name, text["beside"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from llmcompress.pages.results import SPEEDS, Result
 from llmcompress.report import Report
-from llmcompress.table import bytes_text, figure
+from llmcompress.table import bytes_text, figure, rows_text
 
 #: relative difference of the dense perplexity up to which two runs had the same dense model
 SAME = 1e-3
@@ -104,9 +104,8 @@ def judged_on(report: Report) -> str:
     perplexity, rows = report.perplexity["before"], report.evaluation
     if not rows:
         return f"{report.model}, not judged"
-    text = "its own samples" if rows.get("source") == "self" else str(rows.get("source"))
     known = "" if perplexity is None else f", dense perplexity {perplexity:.3f}"
-    return f"{report.model} on {rows.get('samples')} × {rows.get('length')} tokens of {text}{known}"
+    return f"{report.model} on {rows_text(rows)}{known}"
 
 
 def _rows(report: Report) -> tuple[object, ...]:
@@ -131,7 +130,7 @@ def _rank(group: list[Result]) -> Ranked:
     machines = {r.machine for r in group if r.speeds}
     for kind in SPEEDS if len(machines) == 1 else ():
         times = [1e3 / r.speeds[kind].after if kind in r.speeds else None for r in group]
-        if any(times):
+        if sum(time is not None for time in times) > 1:  # one alone is on no frontier
             axes.append(Axis(kind, f"ms per token, {kind}", times))
     best = {axis.key: _on_frontier(axis, [divergence(r) for r in group]) for axis in axes}
     return Ranked(judged_on(reports[0]), group, axes, best)

@@ -12,6 +12,7 @@ from llmcompress.report import BlockReport, MatrixReport, Report
 
 #: kinds of matrices that a map has columns for
 COLUMNS = 24
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Map:
-    """``rows`` are pairs of a block's name and its cells, one per column; ``low`` and ``high`` end the scale."""
+    """``rows`` are pairs of a block's name and its cells, one per column, in ``unit``; ``low`` and ``high`` end the
+    scale."""
 
     columns: list[str]
     rows: list[tuple[str, list[Cell]]]
     low: str
     high: str
+    unit: str
 
 
 def kind_of(name: str, block: str) -> str:
@@ -60,20 +63,25 @@ def error_map(report: Report) -> Map | None:
         known = [m.relative_error for m in matrices if m.relative_error is not None]
         return max(known) if known else None
 
-    return _map(report, worst, per_cent, lambda e: f"relative error {e:.3e}", logarithmic=True)
+    errors = [m.relative_error for m in report.matrices if m.relative_error and math.isfinite(m.relative_error)]
+    most = 100 * max(errors, default=1.0)
+    power = 3 * math.ceil(-math.log10(most) / 3) if most < 0.1 else 0
+    unit = f"10{str(-power).translate(_RAISED)} %" if power else "%"
+    return _map(report, worst, lambda e: per_cent(e * 10**power), lambda e: f"relative error {e:.3e}", unit,
+                logarithmic=True)  # fmt: skip
 
 
 def zeros_map(report: Report) -> Map | None:
     """Shares of zeros in per cent, from none to all."""
     return _map(report, lambda ms: _mean(ms, "sparsity"), lambda s: f"{100 * s:.0f}", lambda s: f"{s:.2%} zeros",
-                scale=(0.0, 1.0))  # fmt: skip
+                "%", scale=(0.0, 1.0))  # fmt: skip
 
 
 def bits_map(report: Report) -> Map | None:
     """Stored bits per weight, from none to the most."""
     most = max((m.bits for m in report.matrices), default=1.0)
     return _map(report, lambda ms: _mean(ms, "bits"), lambda b: f"{b:.3g}", lambda b: f"{b:.3f} bits a weight",
-                scale=(0.0, max(16.0, most)))  # fmt: skip
+                "bits a weight", scale=(0.0, max(16.0, most)))  # fmt: skip
 
 
 def _map(
@@ -81,6 +89,7 @@ def _map(
     figure: Callable[[list[MatrixReport]], float | None],
     text: Callable[[float], str],
     title: Callable[[float], str],
+    unit: str,
     scale: tuple[float, float] | None = None,
     logarithmic: bool = False,
 ) -> Map | None:
@@ -102,7 +111,7 @@ def _map(
             where = f"{block.name}.{kind}: {title(value)}"
             cells.append(Cell(text(value), where, *cell_colors(place)))
         rows.append((block.name, cells))
-    return Map(columns, rows, text(low), text(high))
+    return Map(columns, rows, text(low), text(high), unit)
 
 
 def by_kind(block: BlockReport) -> dict[str, list[MatrixReport]]:

@@ -272,7 +272,7 @@ def cost_picture(report: Report) -> Picture | None:
     peaks = [(i, b.peak_memory_bytes / 2**20) for i, b in enumerate(report.blocks) if b.peak_memory_bytes]
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     said = f"{sum(seconds):.1f} s in {len(seconds)} blocks, {seconds[slowest]:.2f} s in the slowest, block {slowest}"
-    said += f"; memory rose from {peaks[0][1]:.0f} to {peaks[-1][1]:.0f} MiB over the blocks." if peaks else "."
+    said += f"; {peaks[0][1]:.0f} MiB at most in the first, {peaks[-1][1]:.0f} up to the last." if peaks else "."
     with canvas(220 if peaks else 140) as figure:
         axes: list[Axes] = list(figure.subplots(2 if peaks else 1, 1, squeeze=False, sharex=True)[:, 0])
         axes[0].bar(range(len(seconds)), seconds, color=SERIES[0], width=0.8)

@@ -20,7 +20,8 @@ from llmcompress.pages.plots import (
 from llmcompress.pages.results import SPEEDS, Result
 from llmcompress.pages.template import filled
 from llmcompress.report import Report
-from llmcompress.table import bytes_text, change, grouped_warnings
+from llmcompress.savings import COLUMNS, Saving
+from llmcompress.table import bytes_text, change, grouped_warnings, rows_text
 
 #: inputs of which the outliers are listed
 INPUTS_LISTED = 12
@@ -52,14 +53,19 @@ class ReportPage:
             name=report.model.rstrip("/").split("/")[-1] if report.model.startswith(("/", ".", "~")) else report.model,
             report=report,
             tiles=_tiles(report),
+            judged_on=rows_text(report.evaluation) if report.evaluation else "",
             headline=[*report.headline(), *_speed_rows(result)],
             judged=[item.cells() for item in result.judged],
+            limited=result.limited,
+            savings=[Saving(**saving).cells for saving in report.savings],
+            saving_columns=COLUMNS,
             advice=advice(report),
             warnings=[line.removeprefix("warning: ") for line in grouped_warnings(report.to_dict()["warnings"])],
             maps=_maps(report),
             outstanding=outstanding(report),
             outliers=self._outliers,
             inputs=_inputs(report),
+            refused=any(reason for *_, reason in _inputs(report)),
             choices=self._choices,
             cost=self._cost,
             phases=phase_rows(report.seconds_by_phase, report.seconds),
@@ -90,8 +96,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         between = f"{perplexity['before']:.2f} → {perplexity['after']:.2f}"
         tiles.append((change(perplexity), "perplexity per token", between))
     if report.kl_divergence is not None:
-        spread = "" if report.kl_stderr is None else f"± {report.kl_stderr:.4f}"
-        tiles.append((f"{report.kl_divergence:.4f}", "KL from the dense model, nats per token", spread))
+        spread = "" if report.kl_stderr is None else f"standard error {report.kl_stderr:.2g}"
+        tiles.append((f"{report.kl_divergence:.5f}", "KL from the dense model, nats per token", spread))
     if report.top1_agreement is not None:
         tiles.append((f"{report.top1_agreement:.1%}", "same most likely token", ""))
     peak = f"peak memory {bytes_text(report.peak_memory_bytes)}" if report.peak_memory_bytes else ""
@@ -114,11 +120,14 @@ def _maps(report: Report) -> list[dict[str, Any]]:
     error = "‖W X − Q X̂‖² ÷ ‖W X‖² on calibration rows; the colour is its logarithm."
     bits = "As stored, scales included; zeros are stored like other weights."
     found = [
-        ("errors", "Relative error, %", error, error_map(report)),
-        ("zeros", "Zeros, %", "Share of weights that are exactly zero.", zeros_map(report)),
-        ("bits", "Bits per weight", bits, bits_map(report)),
+        ("errors", "Relative error", error, error_map(report)),
+        ("zeros", "Zeros", "Share of weights that are exactly zero.", zeros_map(report)),
+        ("bits", "Stored", bits, bits_map(report)),
     ]
-    return [{"key": k, "heading": h, "caption": c, "map": m} for k, h, c, m in found if m is not None]
+    return [
+        {"key": key, "heading": f"{what}, {shown.unit}", "caption": caption, "map": shown}
+        for key, what, caption, shown in found if shown is not None
+    ]  # fmt: skip
 
 
 def _inputs(report: Report) -> list[tuple[str, float, float | None, str]]:
@@ -136,7 +145,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     facts = [("model", report.model), ("recipe", report.recipe), ("seed", str(report.seed))]
     for name, rows in (("calibrated on", report.calibration), ("judged on", report.evaluation)):
         if rows:
-            facts.append((name, f"{rows['source']}: {rows['samples']} × {rows['length']} tokens"))
+            facts.append((name, rows_text(rows)))
     if report.structure:
         kept = ", ".join(f"{n} of {total} {kind}" for kind, (n, total) in report.structure["kept per block"].items())
         facts.append(("kept in every block", kept))

@@ -14,7 +14,7 @@ from typing import Any
 
 from llmcompress.errors import UserError
 from llmcompress.export.destination import RECORD, refuse_network
-from llmcompress.pages.evaluations import EVALUATION, Judgement, judgements
+from llmcompress.pages.evaluations import EVALUATION, Judgement, judgements, limited
 from llmcompress.report import Report
 
 BENCH = "bench.json"
@@ -42,6 +42,7 @@ class Result:
         speeds: by what they are of, see SPEEDS.
         machine: on which they were measured.
         judged: what an evaluation found later, on other texts and tasks.
+        limited: what that evaluation left out, in a sentence.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Result:
     speeds: dict[str, Speed] = field(default_factory=dict)
     machine: str = ""
     judged: list[Judgement] = field(default_factory=list)
+    limited: str = ""
 
 
 def read_result(folder: str | Path) -> Result:
@@ -78,7 +80,7 @@ def read_result(folder: str | Path) -> Result:
         command,
         speeds,
         machine,
-        _read_evaluation(folder / EVALUATION),
+        *_read_evaluation(folder / EVALUATION),
     )
 
 
@@ -123,10 +125,10 @@ def _read_bench(file: Path) -> tuple[dict[str, Speed], str]:
     return speeds, str(bench.get("machine", ""))
 
 
-def _read_evaluation(file: Path) -> list[Judgement]:
+def _read_evaluation(file: Path) -> tuple[list[Judgement], str]:
     content = _object(file)
     try:
-        return judgements(content) if content else []
+        return (judgements(content), limited(content)) if content else ([], "")
     except ValueError as error:
         raise UserError(_one_line(error), str(file), "evaluate again, or remove it") from None
 

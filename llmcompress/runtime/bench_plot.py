@@ -37,6 +37,7 @@ def draw(variants: list[Variant], file: Path) -> bool:
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
+    figure.supxlabel("bars: medians of the rounds; lines: lowest to highest", fontsize=9)
     figure.savefig(file, dpi=120)
     return True
 

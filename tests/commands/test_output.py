@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def test_a_dry_run_in_json_is_json(run: Callable[..., tuple[int, str, str]], tmp
     code, out, err = run("--dry-run", "--json", "--set", 'targets.exclude=["*.v_proj"]')
     assert (code, err) == (0, "") and not tree(tmp_path)
     plan = json.loads(out)
-    assert set(plan) == {"blocks", "share", "peak_memory_bytes", "size_bytes", "notes"}
+    assert set(plan) == {"steps", "rows", "blocks", "share", "peak_memory_bytes", "size_bytes", "notes"}
     assert [len(groups) for groups in plan["blocks"].values()] == [4, 4]
     sizes = {"q": 32 * 32, "k": 16 * 32, "v": 16 * 32, "o": 32 * 32, "mlp": 3 * 32 * 64, "norms": 64}
     assert plan["share"] == pytest.approx(1 - (sizes["v"] + sizes["norms"]) / sum(sizes.values()))
@@ -75,3 +77,11 @@ def test_progress_goes_to_standard_error_one_line_per_block(run: Callable[..., t
         "block 1/2 layers.0",
         "block 2/2 layers.1",
     ]
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(checkpoint: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from llmcompress.cli import main; sys.exit(main())", "inspect"]
+    with subprocess.Popen([*command, str(checkpoint)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0

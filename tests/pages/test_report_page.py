@@ -7,17 +7,20 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmcompress.core.sparsity import Sparsity
 from llmcompress.pages.drawing import cell_colors
 from llmcompress.pages.maps import error_map, per_cent
 from llmcompress.pages.report_page import ReportPage, report_page
 from llmcompress.pages.results import Speed
 from llmcompress.report import Report
+from llmcompress.savings import savings
 from tests.pages.reports import HOSTILE, KINDS, Page, example, result, write
 
 
@@ -70,7 +73,7 @@ def test_command_recipe_warnings_and_versions_are_there(page: Page) -> None:
     assert page.parts == {"command": made.command, "recipe": made.recipe}
     assert "damping raised (3 times)" in page.text
     facts = dict(page.tables["facts"])
-    assert facts["torch"] == "2.13.0" and facts["judged on"] == "self: 4 × 64 tokens"
+    assert facts["torch"] == "2.13.0" and facts["judged on"] == "4 × 64 tokens of its own samples"
 
 
 def test_outlier_ratios_are_those_of_the_report(page: Page) -> None:
@@ -168,6 +171,24 @@ def test_of_alike_matrices_in_a_block_the_map_shows_the_worst() -> None:
     for (_, cells), block in zip(shown.rows, report.blocks, strict=True):
         worst = max(m.relative_error or 0 for m in block.matrices if "experts" in m.name)
         assert cells[-1].text == per_cent(worst)
+
+
+@pytest.mark.parametrize(("scale", "unit"), [(1.0, "%"), (1e-3, "10⁻³ %"), (1e-6, "10⁻⁶ %")])
+def test_small_errors_have_a_unit_in_which_they_are_short(scale: float, unit: str) -> None:
+    report = example()
+    for matrix in report.matrices:
+        matrix.relative_error = 0.01 * scale
+    shown = error_map(report)
+    assert shown is not None and shown.unit == unit
+    assert {cell.text for _, cells in shown.rows for cell in cells} == {"1"}
+
+
+def test_the_page_says_on_what_was_judged_and_where_savings_are_real() -> None:
+    report = example()
+    report.savings = [asdict(saving) for saving in savings([], Sparsity.parse("2:4"), False)]
+    page = Page(report_page(result(report)))
+    assert "4 × 64 tokens of its own samples: not figures of a benchmark" in page.text
+    assert page.tables["savings"][1][0] == "zeros, 2:4"
 
 
 @given(st.floats(0, 1))
