@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "compress"
     try:
-        return int(import_module(f"llmcompress.commands.{name}").run(arguments))
+        code = int(import_module(f"llmcompress.commands.{name}").run(arguments))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"llmcompress: {error}", file=sys.stderr)
         return 2
