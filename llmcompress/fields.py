@@ -65,5 +65,7 @@ def _spoken(hint: object) -> str:
         if len(typing.get_args(hint)) == 1:
             return str(typing.get_args(hint)[0])
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_spoken(typing.get_args(hint)[0])}"
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
     return names.get(typing.cast(type, hint), f"a value of type {str(hint).replace('typing.', '')}")

@@ -142,9 +142,16 @@ def misfits(recipe: Recipe, model: BlockwiseModel) -> dict[str, str]:
 
 
 def without_misfits(recipe: Recipe, model: BlockwiseModel) -> tuple[Recipe, list[str]]:
-    """The recipe for the matrices it fits, and a warning for each of the others."""
+    """The recipe for the matrices it fits, and a warning for each of the others.
+
+    Raises:
+        UserError: it fits none.
+    """
     found = misfits(recipe.blockwise, model)
     spared = replace(recipe, exclude=(*recipe.exclude, *_patterns(found, model))) if found else recipe
+    if found and not any(spared.targets(view.name) for view in _matrices(model)):
+        raise UserError(f"{next(iter(found.values()))}, and so for every matrix", f"recipe {recipe.name}",
+                        "use another pattern or group")  # fmt: skip
     return spared, [f"{name}: left dense, {misfit}" for name, misfit in found.items()]
 
 

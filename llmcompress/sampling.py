@@ -88,8 +88,13 @@ def _loaded(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         raise UserError(f"transformers cannot load this model: {said}", str(folder), "check its files") from error
 
 
-def check_length(config: Any, length: int) -> None:
+def check_length(config: Any, length: int, where: str = "--length") -> None:
     """Refuses rows that are longer than the model has positions.
+
+    Args:
+        config: of the model.
+        length: tokens per row.
+        where: they were asked for.
 
     Raises:
         UserError: see above.
@@ -97,7 +102,7 @@ def check_length(config: Any, length: int) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise UserError(
-            f"{length} tokens are more than the model's {positions} positions", "--length", f"use at most {positions}"
+            f"{length} tokens are more than the model's {positions} positions", where, f"use at most {positions}"
         )
 
 

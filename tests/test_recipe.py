@@ -99,6 +99,7 @@ def stages(*entries: object) -> dict[str, object]:
             stages({"smooth": {}}, {"quantize": {"method": "omniquant", "weights": "int8"}}),
             "learns the smoothing itself",
         ),
+        (stages({"clip": {"candidates": 0.1}}), "0.1 is not a list, each a number"),
         (stages(), "no stages"),
         ({"stages": [], "stags": 1}, "did you mean 'stages'"),
         ([], "mapping"),

@@ -205,6 +205,12 @@ def test_misfits_are_left_dense_and_listed_where_that_is_asked_for(misfitting: P
     assert any("down_proj: left dense" in note for note in plan.notes)
 
 
+def test_where_nothing_fits_that_is_the_reason_given(misfitting: Path, tmp_path: Path) -> None:
+    skipping = replace(OPTIONS, on_misfit="skip")
+    with pytest.raises(UserError, match=r"pattern 3:7 does not divide .*, and so for every matrix"):
+        compress(misfitting, "wanda-4of8", tmp_path / "out", skipping, overrides=["prune.sparsity=3:7"])
+
+
 def test_where_only_some_of_a_kind_misfit_they_are_named_one_by_one(
     misfitting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusing: Callable[[], str]
 ) -> None:

@@ -38,20 +38,19 @@ def run(arguments: Sequence[str]) -> int:
     dense = next((v for v in variants if v.job.dtype == "bfloat16" and v.name.startswith("dense")), None)
     with Progress() as progress, progress.phase("measuring", len(variants) * options.rounds, "process") as advance:
         measure_in_turn(variants, options.rounds, advance)
+    found = {"machine": machine(threads), "prompt": options.prompt, "new": options.new}
+    found |= {"tokens_per_second": _pairs(variants[0], dense), "variants": [variant.to_dict() for variant in variants]}
+    content = json.dumps(found, indent=1)
+    if options.json == Path("-"):
+        print(content)
+        return 0
     print(table(variants, dense))
     print("\n" + variants[0].rounds[-1].kernels)
     file = options.json or (folder / "bench.json" if (folder / RECORD).is_file() else None)
     if file is None:
         return 0
-    content = {
-        "machine": machine(threads),
-        "prompt": options.prompt,
-        "new": options.new,
-        "tokens_per_second": _pairs(variants[0], dense),
-        "variants": [variant.to_dict() for variant in variants],
-    }
     try:
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        file.write_text(content + "\n", encoding="utf-8")
         drawn = draw(variants, file.with_suffix(".png"))
     except OSError as error:
         raise UserError(error.strerror or str(error), str(file), "choose another --json") from error
@@ -119,5 +118,5 @@ def _parser() -> Parser:
     add("--dtype", choices=["float32", "bfloat16"], help="of the folder's arithmetic (default: the checkpoint's)")
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--json", type=Path, metavar="FILE",
-        help="default: bench.json in the folder, where this program wrote the folder")  # fmt: skip
+        help="'-' prints nothing else; default: bench.json in the folder, if this program wrote it")  # fmt: skip
     return parser

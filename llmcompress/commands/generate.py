@@ -22,6 +22,7 @@ def run(arguments: Sequence[str]) -> int:
 
         from llmcompress.model.locate import locate
         from llmcompress.runtime.loading import load, runtime_of
+        from llmcompress.sampling import check_length
 
     folder = locate(options.folder, "FOLDER")
     tokenizer = _tokenizer(str(folder))
@@ -30,6 +31,7 @@ def run(arguments: Sequence[str]) -> int:
         model: Any = load(folder, options.dtype, options.device, options.runtime)
     torch.manual_seed(options.seed)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(model.device)
+    check_length(model.config, inputs["input_ids"].shape[1] + options.new, "--prompt and --new")
     sampling = {"do_sample": True, "temperature": options.temperature} if options.temperature else {"do_sample": False}
     print(options.prompt, end="", flush=True)
     began = time.perf_counter()

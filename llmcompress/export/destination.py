@@ -22,6 +22,9 @@ RECORD = "llmcompress.json"
 DESCRIPTION = "network.json"
 """The file that says how a convolutional network is built; no folder of a language model has one."""
 
+PACKED = "sparse.json"
+"""The file that lists what a packed folder holds; no checkpoint has one."""
+
 
 def holds_network(folder: Path) -> bool:
     """Whether a folder is of the command ``vision``."""
@@ -39,6 +42,21 @@ def refuse_network(folder: Path) -> None:
             "holds a convolutional network, and this is for language models", str(folder),
             "use the command vision, or llmcompress.vision.load_vision",
         )  # fmt: skip
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether ``pack`` wrote the folder, which nothing runs from."""
+    return (folder / PACKED).is_file()
+
+
+def refuse_packed(folder: Path) -> None:
+    """Says how a packed folder is used.
+
+    Raises:
+        UserError: it is one.
+    """
+    if is_packed(folder):
+        raise UserError("is packed", str(folder), f"unpack it first: python -m llmcompress unpack {folder} OUT")
 
 
 def _classifies_images(config: Path) -> bool:

@@ -21,20 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llmcompress.errors import UserError
-from llmcompress.export.destination import refuse_network, sha256
+from llmcompress.export.destination import PACKED, is_packed, refuse_network, sha256
 from llmcompress.export.rewriting import new_folder
 from llmcompress.export.zeros import NIBBLE_ZERO, Array, Bytes, decode, encode, from_nibbles, to_nibbles
 
-PACKED_CONFIG, INDEX = "packed-config.json", "sparse.json"
+PACKED_CONFIG = "packed-config.json"
 _HEADER = "header"
 _WIDTHS = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
 #: a tensor is kept as it is unless this share of it is saved
 _WORTH = 0.02
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether ``pack`` wrote the folder."""
-    return (folder / INDEX).is_file()
 
 
 def pack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
@@ -63,7 +58,7 @@ def pack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
         for shard in shards:
             index["files"][shard.name] = _pack_shard(shard, partial / shard.name)
         _copy_others(folder, partial, {"config.json": PACKED_CONFIG}, leave=index["files"])
-        (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (partial / PACKED).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         after = sum((partial / shard.name).stat().st_size for shard in shards)
         before = sum(shard.stat().st_size for shard in shards)
     return {"before": before, "after": after}
@@ -80,8 +75,8 @@ def unpack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
     """
     _require_folder(folder)
     if not is_packed(folder):
-        raise UserError(f"is not packed (no {INDEX} in it)", str(folder), "give a folder that `pack` wrote")
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        raise UserError(f"is not packed (no {PACKED} in it)", str(folder), "give a folder that `pack` wrote")
+    index = json.loads((folder / PACKED).read_text(encoding="utf-8"))
     with new_folder(output, force, folder) as partial:
         for name, entry in index["files"].items():
             try:
@@ -90,7 +85,7 @@ def unpack(folder: Path, output: Path, force: bool = False) -> dict[str, int]:
                 raise UserError(f"cannot be unpacked ({error})", str(folder / name), "fetch it again") from error
             if sha256(partial / name) != entry["sha256"]:
                 raise UserError("does not unpack to the bytes that were packed", str(folder / name), "fetch it again")
-        _copy_others(folder, partial, {PACKED_CONFIG: "config.json"}, leave=(INDEX, *index["files"]))
+        _copy_others(folder, partial, {PACKED_CONFIG: "config.json"}, leave=(PACKED, *index["files"]))
         after = sum((partial / name).stat().st_size for name in index["files"])
         before = sum((folder / name).stat().st_size for name in index["files"])
     return {"before": before, "after": after}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.arithmetic import choose_dtype
 from llmcompress.errors import UserError
-from llmcompress.export.destination import RECORD
+from llmcompress.export.destination import RECORD, refuse_packed
 from llmcompress.export.quantized import experts_note
 from llmcompress.export.rewriting import CONVERTED
 from llmcompress.inspection.claims import (
@@ -131,6 +131,7 @@ def inspect(
 
 
 def _require_checkpoint(folder: Path) -> None:
+    refuse_packed(folder)
     if not (folder / "config.json").is_file():
         raise UserError("no config.json", str(folder), "give a Hugging Face model folder")
     if not any(folder.glob("*.safetensors*")):

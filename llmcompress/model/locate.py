@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from llmcompress.errors import UserError, nearest
-from llmcompress.export.destination import refuse_network
+from llmcompress.export.destination import refuse_network, refuse_packed
 from llmcompress.resources import model_presets
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "*.py"]
@@ -33,6 +33,7 @@ def locate(model: str, option: str = "--model") -> Path:
     target = table[model].location if model in table else model
     if Path(target).is_dir():
         refuse_network(Path(target))
+        refuse_packed(Path(target))
         return Path(target)
     if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", target):
         raise UserError(

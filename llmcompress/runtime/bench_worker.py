@@ -27,6 +27,7 @@ from llmcompress.commands.parser import quiet_libraries
 from llmcompress.errors import UserError
 from llmcompress.measure import peak_memory_bytes, release_freed_memory
 from llmcompress.runtime.loading import load, runtime_of
+from llmcompress.sampling import check_length
 
 #: prefills are repeated until so many, or so many seconds
 PREFILLS, PREFILL_SECONDS = 3, 4.0
@@ -102,6 +103,7 @@ def measure(job: Job) -> Round:
     began = time.perf_counter()
     model = load(job.folder, job.dtype or None, job.device, job.runtime)
     found.load_seconds = time.perf_counter() - began
+    check_length(model.config, job.prompt + job.new, "--prompt and --new")
     found.kernels = runtime_of(model).text()
     _run(model, _tokens(model, 1, 8), 2)
     if job.logits:

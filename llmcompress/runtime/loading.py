@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.arithmetic import choose_device
 from llmcompress.errors import UserError, nearest
-from llmcompress.export.destination import refuse_network
-from llmcompress.export.sparse import is_packed
+from llmcompress.export.destination import refuse_network, refuse_packed
 from llmcompress.runtime.summary import RUNTIMES, SEMI_STRUCTURED, RuntimeSummary, StaysDense, require_kernel
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -119,8 +118,7 @@ def check_checkpoint(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError("no such folder", where, "give the folder of a checkpoint")
     refuse_network(folder)
-    if is_packed(folder):
-        raise UserError("is packed", where, f"unpack it first: python -m llmcompress unpack {where} OUT")
+    refuse_packed(folder)
     if not (folder / "config.json").is_file():
         raise UserError("no config.json in it", where, "give the folder of a checkpoint")
     shards = _shards(folder)

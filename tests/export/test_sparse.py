@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmcompress.api import compress
 from llmcompress.cli import main
 from llmcompress.core.grid import QuantGrid
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
 from llmcompress.export.sparse import PACKED_CONFIG, pack, unpack
 from llmcompress.export.zeros import decode, encode, from_nibbles, to_nibbles
+from llmcompress.inspection.inspect import inspect
 from llmcompress.runtime.loading import load
 from tests.export.test_quantized import all_but_head, linears_of, save, tiny_llama
 
@@ -93,8 +95,9 @@ def test_no_loader_takes_a_packed_folder_for_a_model(tmp_path: Path) -> None:
     pack(folder_of(tmp_path, "2:4", None), tmp_path / "packed")
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    with pytest.raises(UserError, match="unpack it first"):
-        load(tmp_path / "packed")
+    for reads in (load, inspect, compress):
+        with pytest.raises(UserError, match="unpack it first"):
+            reads(tmp_path / "packed")
     with pytest.raises(UserError, match="packed already"):
         pack(tmp_path / "packed", tmp_path / "again")
 

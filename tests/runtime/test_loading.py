@@ -182,6 +182,21 @@ def test_bench_refuses_what_cannot_run(folders: dict[str, Path], capsys: pytest.
     assert main(["bench", str(folders["w8a8"]), "--runtime", "int4", "--rounds", "1"]) == 2
     assert "nothing in it can be multiplied in int4" in capsys.readouterr().err
     assert main(["bench", str(folders["w8a8"] / "none")]) == 2
+    capsys.readouterr()
+    assert main(["bench", str(folders["w8a8"]), "--prompt", "100000", "--rounds", "1"]) == 2
+    assert "more than the model's" in capsys.readouterr().err
+
+
+def test_bench_prints_json_alone(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--prompt", "8", "--new", "2", "--batch", "1", "--rounds", "1", "--json", "-"]
+    assert main(["bench", str(folders["dense"]), *small]) == 0
+    assert json.loads(capsys.readouterr().out)["new"] == 2
+
+
+def test_generate_goes_no_further_than_the_model_has_positions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "llama", "--prompt", "It was", "--new", "2048"]) == 2
+    captured = capsys.readouterr()
+    assert "more than the model's 2048 positions" in captured.err and captured.out == ""
 
 
 @pytest.mark.parametrize(
