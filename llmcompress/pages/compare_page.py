@@ -21,7 +21,9 @@ from llmcompress.table import aligned, bytes_text, change, figure
 #: divergences that spread over more than this factor are drawn on a logarithmic scale
 WIDE = 20.0
 #: share of the range within which two points share a label
-NEAR = 0.04
+NEAR = 0.015
+#: points that a character of a label takes, and the height of a label
+DIGIT, HIGH = 7.0, 11.0
 _NOT_COMPARABLE = "These results fall into {} groups that cannot be compared; each is ranked by itself."
 
 
@@ -38,15 +40,16 @@ def text(groups: list[Ranked]) -> str:
 def table(group: Ranked) -> list[list[str]]:
     """Head and one row a result. ``frontier`` names the axes on which no other result is as good and loses less."""
     timed = [kind for kind in SPEEDS if any(kind in r.speeds for r in group.results)]
-    heads = ["#", "result", "size", "", "bits", "zeros", "perplexity", "KL", "s.e.", "top-1"]
+    heads = ["#", "result", "KL", "s.e.", "perplexity", "top-1", "size", "", "bits", "zeros"]
     rows = [[*heads, *(f"{kind} tok/s" for kind in timed), "frontier"]]
     for number, result in enumerate(group.results):
         r, speeds = result.report, [result.speeds.get(kind) for kind in timed]
         spread = "" if r.kl_stderr is None else f"{r.kl_stderr:.5f}"
         rows.append([
-            str(number + 1), _called(result), bytes_text(r.size_bytes["after"]), change(r.size_bytes),
-            figure(r.effective_bits, ".2f"), figure(r.sparsity, ".1%"), figure(r.perplexity["after"], ".3f"),
-            figure(r.kl_divergence, ".5f"), spread, figure(r.top1_agreement, ".1%"),
+            str(number + 1), _called(result), figure(r.kl_divergence, ".5f"), spread,
+            figure(r.perplexity["after"], ".3f"), figure(r.top1_agreement, ".1%"),
+            bytes_text(r.size_bytes["after"]), change(r.size_bytes),
+            figure(r.effective_bits, ".2f"), figure(r.sparsity, ".1%"),
             *("-" if s is None else f"{s.after:.1f}" for s in speeds), ", ".join(frontiers(group, number)) or "-",
         ])  # fmt: skip
     return rows
@@ -163,16 +166,42 @@ def _scatter(group: Ranked, axis: Axis, known: list[int], key: str, heading: str
             color = SERIES[1] if on else SERIES[0]
             panel.plot([x], [y], "o", markersize=7, markeredgecolor=color, markerfacecolor=color if on else "none")
         _scale(panel, [y for _, y in points.values()])
-        for together in _neighbours(points, panel.get_yscale() == "log"):
-            label = ", ".join(str(i + 1) for i in together)
-            panel.annotate(label, points[together[0]], (6, 5), textcoords="offset points", color=INK)
         _dense(panel, group, axis)
         panel.margins(0.1)
+        drawing.draw_without_rendering()  # only then the layout is settled
+        _label(panel, points)
         panel.set_xlabel(axis.label)
         panel.set_ylabel("KL, nats per token")
         panel.xaxis.set_major_locator(MaxNLocator(6))
         panel.grid()
         return inline(drawing, key, heading, said)
+
+
+def _label(panel: Axes, points: dict[int, tuple[float, float]]) -> None:
+    """Every point's number, or those of several that lie on one another, where it covers no other point or number."""
+    groups = _neighbours(points, panel.get_yscale() == "log")
+    labels = [(points[together[0]], ", ".join(str(i + 1) for i in together)) for together in groups]
+    scale = 72 / panel.figure.dpi
+    marks = [panel.transData.transform(point) * scale for point in points.values()]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
+    taken.append((-math.inf, -math.inf, panel.bbox.x0 * scale, math.inf))  # where the scale is
+    for point, label in labels:
+        (x, y), wide = panel.transData.transform(point) * scale, DIGIT * len(label)
+        boxes = {
+            (dx, dy): (x + dx - (wide if dx < 0 else 0), y + dy, x + dx + (wide if dx > 0 else 0), y + dy + HIGH)
+            for dx, dy in ((6, 5), (6, -5 - HIGH), (-6, 5), (-6, -5 - HIGH), (7, -HIGH / 2), (-7, -HIGH / 2))
+        }
+        free = [place for place, box in boxes.items() if not any(_overlap(box, other) for other in taken)]
+        place = free[0] if free else (6, 5)
+        taken.append(boxes[place])
+        panel.annotate(
+            label, point, place, textcoords="offset points", color=INK, ha="left" if place[0] > 0 else "right"
+        )
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether two boxes (left, bottom, right, top) share anything."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _neighbours(points: dict[int, tuple[float, float]], logarithmic: bool) -> list[list[int]]:
