@@ -8,6 +8,7 @@ from llmcompress.errors import UserError
 from llmcompress.pages.listing import listed, phase_rows
 from llmcompress.pages.results import read_making
 from llmcompress.pages.template import filled
+from llmcompress.pages.vision_advice import vision_advice
 from llmcompress.pages.vision_plots import channel_picture, layer_pictures, training_pictures
 from llmcompress.table import bytes_text, change, grouped_warnings
 from llmcompress.vision.report import VisionReport
@@ -29,6 +30,7 @@ def vision_page(report: VisionReport, recipe: str = "", command: str = "") -> st
         tiles=_tiles(report),
         headline=report.headline(),
         warnings=[line.removeprefix("warning: ") for line in grouped_warnings(report.warnings)],
+        advice=vision_advice(report),
         layers=layer_pictures(report),
         kept=kept,
         trainings=training_pictures(report),

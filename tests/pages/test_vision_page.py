@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from llmcompress.cli import main
+from llmcompress.pages.vision_advice import STRONGER, vision_advice
 from llmcompress.pages.vision_page import vision_page
 from llmcompress.pages.vision_plots import SHOWN, by_layer, layer_pictures
+from llmcompress.vision.recipe import VisionRecipe
 from llmcompress.vision.report import VisionReport
 from tests.pages.reports import HOSTILE, Page
 from tests.pages.vision_reports import example
@@ -92,3 +94,27 @@ def test_report_writes_the_page_of_a_run_anew_and_refuses_a_damaged_one(
     assert main(["report", str(out)]) == 2
     error = capsys.readouterr().err
     assert "no report of the command vision can be read" in error and error.count("\n") == 1
+
+
+def test_lost_channels_are_to_be_recovered_and_small_differences_doubted() -> None:
+    report = example()
+    report.trainings, report.accuracy = [], {"before": 0.986, "after": 0.3}
+    assert [item.command for item in vision_advice(report)] == ["--recover-epochs 8"]
+    report.accuracy["after"] = 0.984
+    assert [item.command for item in vision_advice(report)] == ["--data FOLDER"]
+    report.accuracy["after"] = 0.986
+    assert vision_advice(report) == []
+    report.recipe, report.accuracy["after"], report.channels = "wanda-50", 0.7, []
+    assert [item.command for item in vision_advice(report)] == ["--recipe sparsegpt-50"]
+
+
+def test_stronger_recipes_for_images_have_the_same_budget() -> None:
+    def budget(name: str) -> tuple[object, ...]:
+        recipe = VisionRecipe.load(name)
+        core, pattern = recipe.core, recipe.core and recipe.core.sparsity
+        zeros = str(recipe.scores.sparsity if recipe.scores else pattern)
+        bits = recipe.mixed.average if recipe.mixed else core and core.grid and core.grid.bits
+        return bits, zeros, recipe.channels and recipe.channels.ratio
+
+    for weak, strong in STRONGER.items():
+        assert budget(weak) == budget(strong), (weak, strong)
