@@ -80,14 +80,14 @@ def check_output(output: Path, force: bool = False, source: Path | None = None) 
     if source is not None and Path(source).exists():
         model = Path(source).resolve()
         if output.resolve() == model or output.resolve() in model.parents:
-            raise UserError("would overwrite the input model", where, "choose another --output")
+            raise UserError("would overwrite the input model", where, "choose another output folder")
     if output.is_symlink() or output.exists():
         _check_replaceable(output, force)
     parent = _nearest_existing(output.absolute().parent)
     if not parent.is_dir():
-        raise UserError(f"{parent} is not a folder", where, "choose another --output")
+        raise UserError(f"{parent} is not a folder", where, "choose another output folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"no permission to write into {parent}", where, "choose another --output")
+        raise UserError(f"no permission to write into {parent}", where, "choose another output folder")
 
 
 def check_disk_space(path: Path, needed_bytes: int) -> None:
@@ -101,7 +101,7 @@ def check_disk_space(path: Path, needed_bytes: int) -> None:
         raise UserError(
             f"needs about {bytes_text(needed_bytes)} but only {bytes_text(free)} of disk space are free",
             str(path),
-            "free some space or choose another --output",
+            "free some space or choose another output folder",
         )
 
 
@@ -114,13 +114,13 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 def _check_replaceable(output: Path, force: bool) -> None:
     if not force:
-        raise UserError("already exists", str(output), "choose another --output, or replace it with --force")
+        raise UserError("already exists", str(output), "choose another output folder, or replace it with --force")
     ours = not output.is_symlink() and output.is_dir()
     if not ours or (any(output.iterdir()) and not (output / RECORD).is_file()):
         raise UserError(
             f"is not an output of this program (no {RECORD} in it), so --force does not replace it",
             str(output),
-            "remove it yourself or choose another --output",
+            "remove it yourself or choose another output folder",
         )
 
 
