@@ -113,7 +113,7 @@ class CheckpointWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
             remove_empty(self._made_parents)
         if not self._kept and is_full_disk(error or failure):
-            raise UserError("the disk is full", str(self.output), "free some space or choose another output folder") from (
+            raise UserError("the disk is full", str(self.output), "free some space or choose another folder") from (
                 error or failure
             )
         if failure is not None:

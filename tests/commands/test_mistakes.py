@@ -75,7 +75,7 @@ def test_an_existing_output_is_refused_before_the_model_is_looked_for(
 ) -> None:
     (tmp_path / "out").mkdir()
     for extra in ([], ["--dry-run"]):
-        assert "out: already exists; choose another output folder" in refusal("--output", "out", *extra, model="no/model")
+        assert "out: already exists; choose another" in refusal("--output", "out", *extra, model="no/model")
     (tmp_path / "out" / "mine.txt").touch()
     assert "is not an output of this program" in refusal("--output", "out", "--force")
 
