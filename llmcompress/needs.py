@@ -25,13 +25,13 @@ def warm_up(recipe: Recipe, width: int, dtype: torch.dtype) -> None:
         width: input columns, such as the recipe's patterns and groups divide.
         dtype: of the rows in the walk.
     """
-    rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     needs = needs_of(recipe)
     if needs & {"gram", "rows"}:
         add_gram(torch.zeros(LEAST_WIDTH, LEAST_WIDTH), torch.zeros(2, LEAST_WIDTH, dtype=dtype))
     stats = InputStats(width, needs, length=16)
     stats.update(rows, rows)
-    run_methods(recipe.methods, MatrixGroup([Matrix("warm-up", rows[:16].clone())]), stats)
+    run_methods(recipe.methods, MatrixGroup([Matrix("warm-up", rows[:16].to(torch.float32, copy=True))]), stats)
 
 
 def needs_of(recipe: Recipe) -> frozenset[str]:
