@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,14 @@ class Bench:
         files = self._store("wide", rows), self._store("wide-judged", others)
         return Setting("tinyllama-block", str(folder), shape.dtype, *files, samples)
 
-    def warm_up(self, recipes: Iterable[str]) -> None:
-        """Has our kernels compiled."""
+    def warm_up(self, recipes: Iterable[str], dtypes: Iterable[str]) -> None:
+        """Has our kernels compiled, for rows of each of the ``dtypes``."""
         folder = self.work / "warm-up"
         write_checkpoint(folder, WARM_UP)
         rows = torch.randint(WARM_UP.vocab, (4, 512), generator=torch.Generator().manual_seed(2))
         tokens = self._store("warm-up", rows)
-        for recipe in recipes:
-            self.run(OURS, recipe, Setting("warm-up", str(folder), "float32", tokens, "", 4))
+        for dtype, recipe in product(dict.fromkeys(dtypes), recipes):
+            self.run(OURS, recipe, Setting("warm-up", str(folder), dtype, tokens, "", 4))
 
     def row(self, setting: Setting, recipe: str) -> dict[str, Any]:
         """Both programs in turn, ``--repeat`` times."""
@@ -265,9 +266,10 @@ def main() -> None:
         work = (options.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         bench, recipes = Bench(options, work), options.only or ROWS
+        settings = bench.settings()
         if OURS in options.programs:
-            bench.warm_up(recipes)
-        for setting in bench.settings():
+            bench.warm_up(recipes, [setting.dtype for setting in settings])
+        for setting in settings:
             print(HEADER.format(f"{setting.name} {setting.samples} × {setting.length} {setting.dtype}"))
             for recipe in recipes:
                 row = bench.row(setting, recipe)
