@@ -1,7 +1,7 @@
 """The command line. Without a subcommand it compresses; each subcommand is a file of `llmcompress.commands`.
 
 Exit codes: 0 done, 1 internal failure (with a traceback) or a check that did not hold, 2 bad input (one line),
-130 interrupted."""
+130 interrupted, 141 nobody reads the output to its end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would fail
-        return 0
+        return 141
     except KeyboardInterrupt as error:
         print(f"llmcompress: interrupted, {str(error) or 'nothing was written'}", file=sys.stderr)
         return 130
