@@ -105,7 +105,7 @@ class Recipe:
         stages = [_read_stage(entry, where) for entry in tree["stages"]]
         targets = dict(targets)
         run = {"propagate": tree.get("propagate", "compressed"), "kv_cache": tree.get("kv_cache", "")}
-        for override in overrides:
+        for override in sorted(overrides, key=lambda text: ".method=" not in text):  # methods first
             _override(override, stages, targets, run)
         if run["propagate"] not in _PROPAGATE:
             raise UserError(
@@ -201,7 +201,10 @@ def _read_stage(entry: object, where: str) -> tuple[str, dict[str, object]]:
 def _override(
     text: str, stages: list[tuple[str, dict[str, object]]], targets: dict[str, object], run: dict[str, object]
 ) -> None:
-    """Applies one ``stage.key=value``, ``targets.key=value`` or ``propagate=value``."""
+    """Applies one ``stage.key=value``, ``targets.key=value`` or ``propagate=value``.
+
+    Another method for a stage takes the options that it knows from the one it replaces.
+    """
     path, equals, value = text.partition("=")
     kind, dot, key = path.strip().partition(".")
     if equals and kind in run and not dot:
@@ -220,6 +223,10 @@ def _override(
         raise UserError(f"the recipe has no stage '{kind}'", "--set", nearest(kind, [*have, "targets"]))
     for options in matching:
         options[key] = parsed
+        if key == "method" and parsed in METHODS:
+            known = {"method", *(f.name for f in dataclasses.fields(METHODS[parsed]))}  # type: ignore[arg-type]
+            for other in options.keys() - known:
+                del options[other]
 
 
 def _build_stage(kind: str, options: dict[str, object], where: str) -> Stage:

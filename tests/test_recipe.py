@@ -120,6 +120,14 @@ def test_bad_overrides_are_refused(override: str) -> None:
         Recipe.load("wanda-50", [override])
 
 
+def test_another_method_takes_the_options_it_knows_and_no_others() -> None:
+    wanda = Recipe.load("jsq", ["prune.method=wanda"]).stages[1]
+    assert (wanda.method_name, wanda.options) == ("wanda", {"sparsity": 0.5})
+    for order in (1, -1):
+        with pytest.raises(UserError, match="unknown key 'rho'"):  # asked for, not taken over
+            Recipe.load("jsq", ["prune.method=wanda", "prune.rho=2"][::order])
+
+
 def test_unknown_recipe_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'wanda-50'"):
         Recipe.load("wanda50")

@@ -40,6 +40,32 @@ def test_damping_is_raised_until_the_factorisation_succeeds_and_reported():
     assert torch.allclose(factor.V @ factor.V.T, H + factor.ridge * torch.eye(16), atol=1e-5)
 
 
+def test_damping_is_a_share_of_what_an_ordinary_channel_has():
+    H = torch.diag(torch.tensor([4.0, 2.0, 8.0, 1e6, 0.0]))
+    factor = factorise(H, 0.1)
+    assert factor.dead.tolist() == [False, False, False, False, True]
+    assert factor.ridge == pytest.approx(0.4)  # not of the mean, 250003
+    assert torch.allclose(factor.V.diagonal().square(), torch.tensor([4.4, 2.4, 8.4, 1e6 + 0.4, 4.4]))
+
+
+def test_channels_of_large_inputs_leave_the_damping_of_others_as_it_was():
+    x = torch.randn(600, COLUMNS, generator=torch.Generator().manual_seed(0))
+    scale = torch.ones(COLUMNS)
+    scale[x.square().mean(0).argsort()[-6:]] = 64.0
+    H = x.T @ x / 600
+    plain, scaled = factorise(H, 0.1), factorise(scale[:, None] * H * scale, 0.1)
+    assert scaled.ridge == plain.ridge
+
+
+def test_damping_may_grow_until_it_exceeds_the_largest_channels():
+    x = torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(0))
+    x[:, :16] = 1e5 * x[:, :1]  # what rounding leaves of one another is far more than other channels have
+    H = x.T @ x / 8
+    factor = factorise(H, 1e-3)
+    assert factor.damping > 1e-3
+    assert torch.isfinite(factor.V).all()
+
+
 def test_double_precision_factors_what_single_cannot():
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).double()
     H = (x.T @ x).float()

@@ -234,6 +234,19 @@ def test_held_mask_is_kept():
     assert loss(Q, W, H) < 0.9 * loss(W * keep, W, H)
 
 
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+def test_channels_of_large_inputs_cost_no_compensation(sparsity):
+    W, H = problem()
+    scale = torch.ones(COLUMNS)
+    scale[H.diagonal().argsort()[-4:]] = 64.0  # the same function: the weights are as much smaller
+    losses = []
+    for s in (torch.ones(COLUMNS), scale):
+        factor = factorise(s[:, None] * H * s, damping=0.1)
+        mask, _ = targets_of(W / s, factor, sparsity)
+        losses.append(loss(sweep(W / s, factor, mask) * s, W, H))
+    assert losses[1] < 1.02 * losses[0]
+
+
 def test_masked_least_squares_is_never_worse_than_the_sweep():
     W, H = problem(rows=8, columns=64)
     factor = factorise(H)
