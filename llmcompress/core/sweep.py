@@ -29,6 +29,8 @@ from llmcompress.core.stats import mirror
 from llmcompress.core.targets import ColumnTarget, Mask, Round
 from llmcompress.errors import UserError
 
+#: multiples of the median of H's diagonal that an entry counts as at most in the mean that damping is a share of
+OUTLIER = 10.0
 #: multiples of the mean diagonal beyond which more damping would leave nothing of H
 MOST_DAMPING = 1e4
 #: columns whose carried errors one matrix product gives
@@ -44,7 +46,7 @@ class Factor:
     Attributes:
         V: (in, in) upper triangular.
         dead: (in,) bool: inputs that were zero in every row.
-        damping: λ as a multiple of the median of H's diagonal.
+        damping: λ as a multiple of the mean of H's diagonal, outliers bounded.
         ridge: λ itself.
     """
 
@@ -59,14 +61,14 @@ def factorise(H: Tensor, damping: float = 0.01, dtype: torch.dtype = torch.float
 
     Departure: the papers damp by a multiple of the diagonal's mean. A few channels of large inputs, which large models
     have, raise the mean by orders of magnitude and with it the damping of all others, whose errors are then hardly
-    compensated. The median is what an ordinary channel has.
+    compensated. Here no channel counts as more than ten times the median in that mean.
 
-    Dead inputs get the median of the diagonal. Where H is not positive definite the damping is multiplied
+    Dead inputs get that mean of the diagonal. Where H is not positive definite the damping is multiplied
     by ten until it is.
 
     Args:
         H: (in, in) symmetric.
-        damping: first λ, as a multiple of the median of the diagonal over live inputs.
+        damping: first λ, as a multiple of that mean, over live inputs.
         dtype: of the factorisation; V is returned in H's own.
         overwrite: H is no longer needed: V takes its memory, if ``dtype`` is H's own.
 
@@ -79,12 +81,12 @@ def factorise(H: Tensor, damping: float = 0.01, dtype: torch.dtype = torch.float
         raise invalid
     dead = diagonal == 0
     live = torch.ones(1) if bool(dead.all()) else diagonal[~dead].double()
-    usual, most = float(live.median()), MOST_DAMPING * float(live.mean())
+    mean, most = float(live.clamp(max=OUTLIER * live.median()).mean()), MOST_DAMPING * float(live.mean())
     work = _reverse(H if overwrite and H.dtype == dtype and H.is_contiguous() else H.to(dtype, copy=True).contiguous())
-    while damping * usual <= most:
-        work.diagonal().copy_((diagonal + dead * usual + damping * usual).flip(0))
+    while damping * mean <= most:
+        work.diagonal().copy_((diagonal + dead * mean + damping * mean).flip(0))
         if _cholesky(work):
-            return Factor(_reverse(work).triu_().to(H.dtype), dead, damping, damping * usual)
+            return Factor(_reverse(work).triu_().to(H.dtype), dead, damping, damping * mean)
         mirror(work)  # the upper triangle still is H's
         damping *= 10
     raise invalid

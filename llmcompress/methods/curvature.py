@@ -26,7 +26,7 @@ class Problem:
     """Which problem a second-order step solves.
 
     Attributes:
-        damping: added to H's diagonal, as a multiple of its median.
+        damping: added to H's diagonal, as a multiple of its mean, outliers bounded.
         target: ``compressed`` or ``dense``: whose outputs are met.
         precision: ``float32`` or ``float64``, of the factorisation.
         refit: H is needed for least squares, too.

@@ -38,7 +38,7 @@ class GPTQ(Method):
         act_order: take the columns of most active inputs first. Groups are then static.
         static_groups: fix every group's scale from the weights before the sweep, not from those adjusted by it.
         refit: solve for the weights that an earlier stage kept by least squares before they are rounded.
-        damping: added to H's diagonal, as a multiple of its median.
+        damping: added to H's diagonal, as a multiple of its mean, outliers bounded.
         target: whose outputs to meet: those of the weights on the compressed model's own inputs, or the dense model's.
         precision: of the factorisation.
     """

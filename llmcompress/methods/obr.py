@@ -42,7 +42,7 @@ class OBR(Method):
         weights: grid of the weights.
         activations: grid of the inputs; None leaves them in floating point.
         share: of the columns that are rounded first.
-        damping: added to H's diagonal, as a multiple of its median.
+        damping: added to H's diagonal, as a multiple of its mean, outliers bounded.
     """
 
     weights: QuantGrid

@@ -23,7 +23,7 @@ class Refit(Method):
     Attributes:
         target: whose outputs to meet: those of the dense weights on the compressed model's own inputs (X̄ = X), or the
             dense model's.
-        damping: added to the diagonal of XᵀX, as a multiple of its median.
+        damping: added to the diagonal of XᵀX, as a multiple of its mean, outliers bounded.
         precision: of the factorisation.
     """
 

@@ -32,7 +32,7 @@ class SparseGPT(Method):
         sparsity: a ratio over 128 columns of all rows, or N:M.
         refit: solve for the kept weights by least squares after the sweep.
         grow: rounds in which 2 % of each row's zeros move to better places; needs ``refit``.
-        damping: added to H's diagonal, as a multiple of its median.
+        damping: added to H's diagonal, as a multiple of its mean, outliers bounded.
         target: whose outputs to meet: those of the weights on the compressed model's own inputs, or the dense model's.
         precision: of the factorisation.
         ramp: by how much the ratio grows from the first weights of the model to the last, at the same total.

@@ -41,20 +41,19 @@ def test_damping_is_raised_until_the_factorisation_succeeds_and_reported():
 
 
 def test_damping_is_a_share_of_what_an_ordinary_channel_has():
-    H = torch.diag(torch.tensor([4.0, 2.0, 8.0, 1e6, 0.0]))
+    H = torch.diag(torch.tensor([4.0, 2.0, 8.0, 1e6, 6.0, 0.0]))
     factor = factorise(H, 0.1)
-    assert factor.dead.tolist() == [False, False, False, False, True]
-    assert factor.ridge == pytest.approx(0.4)  # not of the mean, 250003
-    assert torch.allclose(factor.V.diagonal().square(), torch.tensor([4.4, 2.4, 8.4, 1e6 + 0.4, 4.4]))
+    assert factor.dead.tolist() == [False] * 5 + [True]
+    assert factor.ridge == pytest.approx(1.6)  # 0.1 · (4 + 2 + 8 + 60 + 6) / 5
+    assert torch.allclose(factor.V.diagonal().square(), torch.tensor([5.6, 3.6, 9.6, 1e6 + 1.6, 7.6, 17.6]))
+    assert factorise(torch.diag(torch.tensor([4.0, 2.0, 9.0])), 0.1).ridge == pytest.approx(0.5)  # as in the papers
 
 
-def test_channels_of_large_inputs_leave_the_damping_of_others_as_it_was():
+def test_channels_of_large_inputs_hardly_change_the_damping_of_others():
     x = torch.randn(600, COLUMNS, generator=torch.Generator().manual_seed(0))
-    scale = torch.ones(COLUMNS)
-    scale[x.square().mean(0).argsort()[-6:]] = 64.0
-    H = x.T @ x / 600
-    plain, scaled = factorise(H, 0.1), factorise(scale[:, None] * H * scale, 0.1)
-    assert scaled.ridge == plain.ridge
+    plain = factorise(x.T @ x / 600, 0.1).ridge
+    x[:, :6] *= 1000
+    assert plain < factorise(x.T @ x / 600, 0.1).ridge < 1.25 * plain
 
 
 def test_damping_may_grow_until_it_exceeds_the_largest_channels():
