@@ -1,9 +1,9 @@
 """A recipe where rows are scarce, as they are for most experts of a mixture.
 
 With none, magnitude pruning and rounding to nearest are left. With few, steps that compensate errors fit them to the
-rows and not to the inputs: on fewer rows than their width they are hardly better than no compensation, or worse. So their
-damping grows as rows become fewer, max(damping, 0.3 · width / rows). Measured on matrices of a trained model, error of
-the outputs on held-back rows, half of the weights pruned:
+rows and not to the inputs: on fewer rows than their width they are hardly better than no compensation, or worse. So
+their damping grows as rows become fewer, max(damping, 0.3 · width / rows). Measured on matrices of a trained model,
+error of the outputs on held-back rows, half of the weights pruned:
 
 | width | rows | magnitude | SparseGPT, damping 0.01 | damping 0.1 | with this damping |
 |---:|---:|---:|---:|---:|---:|
