@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.block_pass import BlockPass, Stop
 from llmcompress.distributed import ALONE, Team
 from llmcompress.errors import UserError
 from llmcompress.model.groups import InputGroup
 from llmcompress.model.load import BlockwiseModel, micro_batches
-from llmcompress.suspend import BlockPass, Stop, SuspendedForward
+from llmcompress.suspend import SuspendedForward
 
 #: values of a micro-batch's hidden states, and its tokens: enough for full-speed matrix products, and no more, since a
 #: block keeps several times as much while it goes through

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llmcompress.core.grid import COMPILED_ENTRIES
 from llmcompress.core.group import Matrix, MatrixGroup, run_methods
 from llmcompress.core.kernels.gram_cpu import LEAST_WIDTH
 from llmcompress.core.stats import InputStats, add_gram
@@ -31,7 +32,9 @@ def warm_up(recipe: Recipe, width: int, dtype: torch.dtype) -> None:
         add_gram(torch.zeros(LEAST_WIDTH, LEAST_WIDTH), torch.zeros(2, LEAST_WIDTH, dtype=dtype))
     stats = InputStats(width, needs, length=16)
     stats.update(rows, rows)
-    run_methods(recipe.methods, MatrixGroup([Matrix("warm-up", rows[:16].to(torch.float32, copy=True))]), stats)
+    work = MatrixGroup([Matrix("warm-up", rows[:16].to(torch.float32, copy=True))])
+    run_methods(recipe.methods, work, stats)
+    work.inputs_at_run_time(rows.repeat(-(-COMPILED_ENTRIES // rows.numel()), 1))
 
 
 def needs_of(recipe: Recipe) -> frozenset[str]:

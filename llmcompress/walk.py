@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmcompress.block_pass import BlockPass, Rounding
 from llmcompress.commit import Outcome, relative_errors
 from llmcompress.core.grid import Levels, QuantGrid
 from llmcompress.core.group import MatrixGroup, Method
@@ -40,7 +41,7 @@ from llmcompress.recipe import Recipe
 from llmcompress.rehearsal import Rehearsal, spans
 from llmcompress.report import BlockReport, GroupReport
 from llmcompress.starved import MIN_EXPERT_ROWS, Starved
-from llmcompress.suspend import AtMatrix, BlockPass, Rounding, SuspendedForward, gates
+from llmcompress.suspend import AtMatrix, SuspendedForward, gates
 
 #: what `BlockPass.arrivals` gives
 Arrivals = Iterator[tuple[int, list[AtMatrix]]]

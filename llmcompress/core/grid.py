@@ -25,6 +25,8 @@ from llmcompress.errors import UserError
 SHARES = tuple(1 - step / 100 for step in range(80))
 #: entries that are rounded at once
 PART_ENTRIES = 1 << 20
+#: entries from which activations are rounded by a compiled kernel
+COMPILED_ENTRIES = 1 << 14
 #: groups whose trials are held at once
 FIT_GROUPS = 1 << 14
 
@@ -85,9 +87,8 @@ class QuantGrid:
         """
         grid = parse(value, "weights", QuantGrid(group="channel"))
         if grid.group == "token" or grid.dynamic:
-            raise UserError(
-                "weights have no tokens and do not change", "weights", "group them by channel, tensor or a number"
-            )
+            raise UserError("weights have no tokens and do not change", "weights",
+                            "group them by channel, tensor or a number")  # fmt: skip
         return grid
 
     @staticmethod
@@ -95,13 +96,11 @@ class QuantGrid:
         """Reads ``int8`` (per token, dynamic), ``int8-static`` (per tensor), ``int8-tensor``, or a mapping."""
         grid = parse(value, "activations", QuantGrid(group="token", dynamic=True))
         if grid.group == "channel":
-            raise UserError(
-                "a scale per input channel cannot be multiplied out", "activations", "group by token or tensor"
-            )
+            raise UserError("a scale per input channel cannot be multiplied out", "activations",
+                            "group by token or tensor")  # fmt: skip
         if not grid.dynamic and grid.group != "tensor":
-            raise UserError(
-                "static scales cannot follow tokens", "activations", "use group: tensor with dynamic: false"
-            )
+            raise UserError("static scales cannot follow tokens", "activations",
+                            "use group: tensor with dynamic: false")  # fmt: skip
         if grid.observer != "minmax" and grid.dynamic:
             raise UserError(f"observer {grid.observer} needs a static scale", "activations", "add dynamic: false")
         return grid
@@ -219,8 +218,7 @@ class QuantGrid:
         values = torch.empty(codes.shape, device=codes.device) if out is None else out
         for rows, scale, zero in _parts(codes, levels):
             part = self._grouped(values[rows].copy_(self._plain(codes[rows])))
-            part = part if zero is None else part.sub_(zero)
-            part.mul_(scale)
+            (part if zero is None else part.sub_(zero)).mul_(scale)
         return values
 
     def _plain(self, codes: Tensor) -> Tensor:
@@ -243,12 +241,21 @@ class QuantGrid:
         if not x.numel():
             return x
         flat = x.reshape(-1, x.shape[-1])
+        if levels is None and self._compiles(flat):
+            from llmcompress.core.kernels.round_cpu import round_rows  # here: few tokens want no compiler
+
+            return round_rows(flat.reshape(-1, self.group_size(flat.shape[1])), self.bits).view_as(x)
         if levels is None and self.group == "tensor":
             levels = self.fit(flat, x.dtype)
         rounded = torch.empty_like(flat)
         for rows in _slices(flat):
             rounded[rows] = self.round(flat[rows], levels or self.fit(flat[rows], x.dtype))
         return rounded.view_as(x)
+
+    def _compiles(self, x: Tensor) -> bool:
+        """Whether there is a kernel for activations ``x`` (tokens, features), whose scales are their own."""
+        fits = self.kind == "int" and self.symmetric and self.group != "tensor" and x.numel() >= COMPILED_ENTRIES
+        return fits and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """(rows, cols) seen as (rows or 1, G, columns sharing a scale)."""

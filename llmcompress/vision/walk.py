@@ -1,6 +1,6 @@
 """The way of the calibration images through a network of convolutions: from one matrix input to the next, in the order
 of execution, which a forward shows. Every matrix is calibrated on what its compressed predecessors produce, in one
-forward in all (see `llmcompress.suspend`); statistics, steps and grids are those of every other matrix."""
+forward in all (see `llmcompress.block_pass`); statistics, steps and grids are those of every other matrix."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.block_pass import BlockPass, Stop
 from llmcompress.commit import relative_errors
 from llmcompress.core.grid import QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup, Method, run_methods
@@ -22,7 +23,7 @@ from llmcompress.lane import require_finite, sample
 from llmcompress.model.groups import InputGroup
 from llmcompress.model.matrix import MatrixView, is_matrix
 from llmcompress.report import MatrixReport
-from llmcompress.suspend import AtMatrix, BlockPass, Stop, SuspendedForward
+from llmcompress.suspend import AtMatrix, SuspendedForward
 from llmcompress.vision.fold import replace_module
 from llmcompress.vision.layers import Rounding, joined, round_inputs, round_layer
 from llmcompress.vision.network import logits

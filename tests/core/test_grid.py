@@ -10,7 +10,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, compute_dyn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcompress.core.grid import QuantGrid, QuantizedWeight
+from llmcompress.core.grid import COMPILED_ENTRIES, QuantGrid, QuantizedWeight
 from llmcompress.errors import UserError
 
 BITS = range(2, 9)
@@ -75,6 +75,26 @@ def test_dynamic_activations_are_rounded_as_compressed_tensors_does(bits: int, s
     codes = quantize(x, scale, zero, args, dtype=torch.int8)
     theirs = dequantize(codes, scale, None if symmetric else zero, args=args)
     torch.testing.assert_close(grid.round_activations(x), theirs, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.integers(2, 8),
+    group=st.sampled_from(["token", 4, 12]),
+    columns=st.sampled_from([12, 36, 1020]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([1e-42, 1e-3, 1.0, 1e30]),
+    seed=st.integers(0, 999),
+)
+def test_activations_are_rounded_by_the_kernel_to_the_bit_as_by_torch(
+    bits: int, group: str | int, columns: int, dtype: torch.dtype, size: float, seed: int
+) -> None:
+    grid, rows = QuantGrid(bits, True, group, dynamic=True), COMPILED_ENTRIES // columns + 2
+    x = (weight_of(rows, columns, seed) * size).to(dtype)
+    x[1], x[2, 0] = 0, 1e4 * x[2, 0]
+    assert grid._compiles(x)
+    by_torch = torch.cat([grid.round_activations(part) for part in x.split(4)])
+    assert torch.equal(grid.round_activations(x[None])[0], by_torch)
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from llmcompress.suspend import AtBlock, AtMatrix, BlockPass, Stop, SuspendedForward, gates, suspend
+from llmcompress.block_pass import BlockPass, Stop
+from llmcompress.suspend import AtBlock, AtMatrix, SuspendedForward, gates, suspend
 
 
 class Gated(nn.Module):
@@ -95,6 +96,52 @@ def test_inputs_are_rounded_only_after_their_group_was_served() -> None:
             assert not torch.equal(places[0].x, torch.zeros_like(places[0].x))
             through.rounding[number] = torch.zeros_like
     torch.testing.assert_close(forward.result, inputs[0] + block.down.bias)
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@torch.no_grad()
+def test_the_readers_of_a_group_get_the_same_inputs_rounded_once(replay: bool) -> None:
+    model, inputs = build()
+    block = model[0]
+
+    def coarsely(x: torch.Tensor) -> torch.Tensor:
+        return (4 * x).round() / 4
+
+    hidden = [coarsely(block.norm(x)) for x in inputs]
+    expected = [coarsely(torch.tanh(block.gate(h)) * block.up(h)) for h in hidden]
+    seen: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in (block.gate, block.up, block.down)}
+    for module, given in seen.items():
+        module.register_forward_hook(lambda _, args, output, given=given: given.append(args[0]))
+    with gates([block]):
+        forwards = [SuspendedForward(lambda x=x: block(x)) for x in inputs]
+        for forward in forwards:
+            forward.resume()
+        through = BlockPass(block, stops(block), forwards, replay)
+        for number, _ in through.arrivals():
+            through.rounding[number] = coarsely
+    assert all(map(torch.equal, seen[block.gate][-4:], hidden))
+    assert all(map(torch.equal, seen[block.down][-4:], expected))
+    assert all(x is y for x, y in zip(seen[block.gate], seen[block.up], strict=True))
+
+
+@torch.no_grad()
+def test_inputs_rewritten_between_two_readers_are_rounded_anew() -> None:
+    model, _ = build()
+    block, x = model[0], torch.ones(1, 8)
+
+    def run() -> torch.Tensor:
+        block.gate(x)
+        x.mul_(3)
+        return block.up(x)
+
+    through = BlockPass(block, stops(block), [SuspendedForward(run)], replay=False)
+    seen: list[torch.Tensor] = []
+    with through._hooks():
+        through.served, through.rounding[0] = {0, 1}, lambda x: x + 1
+        for reader in (block.gate, block.up):
+            reader.register_forward_hook(lambda _, args, output: seen.append(args[0]))
+        through.forwards[0].resume()
+    assert torch.equal(seen[0], torch.full((1, 8), 2.0)) and torch.equal(seen[1], torch.full((1, 8), 4.0))
 
 
 @pytest.mark.parametrize("replay", [False, True])
