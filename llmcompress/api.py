@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from llmcompress.calibration import NONE
 from llmcompress.errors import UserError
 from llmcompress.evaluate.evaluation import EvalOptions, EvaluationRun
 from llmcompress.evaluate.result import Evaluation
 from llmcompress.export.destination import check_output
 from llmcompress.model.locate import short_name
+from llmcompress.needs import first_that_reads
 from llmcompress.options import Options
 from llmcompress.plan import BASE_BYTES, Plan, make_plan, without_misfits
 from llmcompress.progress import Progress
@@ -77,7 +79,7 @@ def plan(
     left_dense: list[str] = []
     if options.on_misfit == "skip":
         recipe, left_dense = without_misfits(recipe, dense)
-    found = make_plan(dense, recipe, options.samples, options.length)
+    found = make_plan(dense, recipe, options.rows, options.length)
     found.notes += left_dense
     if options.recover_steps:
         found.peak_memory_bytes = max(found.peak_memory_bytes, BASE_BYTES + recovery_bytes(dense, options.recover))
@@ -124,6 +126,9 @@ def _prepare(
     if options.recover_steps and recipe.structured is None:
         raise UserError("the recipe has no step that makes matrices smaller, so there is nothing to recover",
                         "--recover-steps", "leave it out, or use e.g. --recipe llm-pruner-20")  # fmt: skip
+    if options.calibration == NONE and (step := first_that_reads(recipe)):
+        raise UserError(f"{step} reads calibration rows, and there are none", f"recipe {recipe.name}",
+                        "give --calibration self or a text")  # fmt: skip
     source = Source(model, options)
     check_output(target, force, source.folder)
     return source, recipe, target

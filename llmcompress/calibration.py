@@ -23,6 +23,7 @@ from llmcompress.sampling import check_length, self_samples
 
 __all__ = [
     "EVALUATION_TOKENS",
+    "NONE",
     "ROWS",
     "SELF",
     "Calibration",
@@ -32,8 +33,8 @@ __all__ = [
     "token_rows",
 ]
 
-#: the source that needs no data
-SELF = "self"
+#: the source that needs no data, and that of recipes which need no rows at all
+SELF, NONE = "self", "none"
 #: the tensor that a safetensors file of token rows holds, (N, T) int64
 ROWS = "input_ids"
 _SUFFIXES = (".txt", ".jsonl", ".safetensors")
@@ -48,7 +49,7 @@ class Calibration:
     """Which rows to calibrate on.
 
     Attributes:
-        source: ``self``, ``FILE.txt``, ``FILE.jsonl``, ``FILE.safetensors`` with ``input_ids``, or a data set
+        source: ``self``, ``none``, ``FILE.txt``, ``FILE.jsonl``, ``FILE.safetensors`` with ``input_ids``, or a data set
             ``NAME[:split]`` or ``NAME:config:split`` that the ``datasets`` library reads, on the Hub or in a folder;
             the split is ``train`` if not given.
         samples: number of rows.
@@ -78,7 +79,7 @@ def digest(tokens: Tensor) -> str:
 def token_rows(
     calibration: Calibration, folder: str | Path, *, device: str = "cpu", trust_remote_code: bool = False
 ) -> Tensor:
-    """The calibration rows, (samples, length) int64.
+    """The calibration rows, (samples, length) int64; of the source ``none`` no row.
 
     Args:
         calibration: which.
@@ -90,6 +91,8 @@ def token_rows(
         UserError: the source is unknown, missing, unreadable or too short, the folder has no tokenizer, the model
             has fewer positions than a row, or stored rows are not int64 rows of that length in its vocabulary.
     """
+    if calibration.source == NONE:
+        return torch.empty(0, calibration.length, dtype=torch.int64)
     if calibration.source == SELF:
         request = (calibration.samples, calibration.length, calibration.seed)
         return self_samples(folder, [request], device=device, trust_remote_code=trust_remote_code)[0]

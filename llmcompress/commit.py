@@ -213,14 +213,15 @@ class Outcome:
 
 @torch.no_grad()
 def relative_errors(
-    work: MatrixGroup, views: list[MatrixView], rows: Tensor, dense_rows: Tensor, team: Team = ALONE
+    work: MatrixGroup, views: list[MatrixView], rows: Tensor | None, dense_rows: Tensor | None, team: Team = ALONE
 ) -> list[float]:
     """‖W X − Q X̂‖² / ‖W X‖² per matrix.
 
     Args:
         work: the decided group; its Q is taken back to unsmoothed inputs.
         views: of its matrices, whose modules still hold the dense W (out, in).
-        rows: X̂ (tokens, in) that reach the compressed matrices; their dtype is that of the arithmetic.
+        rows: X̂ (tokens, in) that reach the compressed matrices; their dtype is that of the arithmetic. None if none
+            do: then the errors are those of the weights.
         dense_rows: X; the same as ``rows`` unless the dense model's outputs are aimed at.
         team: each process takes its share of the outputs.
     """
@@ -232,17 +233,20 @@ def relative_errors(
 
 
 def _squares(
-    weight: Tensor, smoothing: Tensor | None, dense: Tensor, rows: Tensor, dense_rows: Tensor
+    weight: Tensor, smoothing: Tensor | None, dense: Tensor, rows: Tensor | None, dense_rows: Tensor | None
 ) -> tuple[float, float]:
     """‖W X − Q X̂‖² and ‖W X‖² of one matrix, some outputs at a time, so that what lies between stays small."""
     lost = meant = 0.0
     step = max(ERROR_ENTRIES // weight.shape[1], 1)
     for stored, W in zip(weight.split(step), dense.split(step), strict=True):
         stored = stored if smoothing is None else stored / smoothing
-        expected = dense_rows @ W.to(rows.dtype).T
-        if rows is dense_rows:
+        if rows is None or dense_rows is None:
+            expected, wrong = W, W - stored
+        elif rows is dense_rows:
+            expected = rows @ W.to(rows.dtype).T
             wrong = rows @ (W - stored).to(rows.dtype).T
         else:
+            expected = dense_rows @ W.to(rows.dtype).T
             wrong = expected - rows @ stored.to(rows.dtype).T
         lost += float(wrong.float().square().sum())
         meant += float(expected.float().square().sum())

@@ -45,7 +45,7 @@ class Lane:
     ) -> None:  # fmt: skip
         self.model = model
         batches = () if not len(tokens) else _micro_batches(model, tokens) if batch is None else tokens.split(batch)
-        probe = tokens[:1, :PROBE_TOKENS] if probe is None else probe
+        probe = beginning(tokens) if probe is None else probe
         self.everyone = model.start_forwards([probe, *batches], kind=kind)
         self.probe, *self.forwards = self.everyone
 
@@ -67,6 +67,11 @@ class Lane:
         ]
         block = self.model.blocks[index].module
         return BlockPass(block, stops, self.forwards, replay, ahead, index == len(self.model.blocks) - 1, team.earliest)
+
+
+def beginning(tokens: Tensor) -> Tensor:
+    """(1, T) tokens of the probe: of the first row, or any where there is none."""
+    return tokens[:1, :PROBE_TOKENS] if len(tokens) else torch.arange(min(PROBE_TOKENS, tokens.shape[1]))[None]
 
 
 def _micro_batches(model: BlockwiseModel, tokens: Tensor) -> list[Tensor]:

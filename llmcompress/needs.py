@@ -8,6 +8,7 @@ from llmcompress.core.grid import COMPILED_ENTRIES
 from llmcompress.core.group import Matrix, MatrixGroup, run_methods
 from llmcompress.core.kernels.gram_cpu import LEAST_WIDTH
 from llmcompress.core.stats import InputStats, add_gram
+from llmcompress.core.structure import StructuredMethod
 from llmcompress.lane import ERROR_ROWS
 from llmcompress.recipe import Recipe
 
@@ -16,6 +17,15 @@ def samples_needed(recipe: Recipe, samples: int, length: int) -> int:
     """How many of ``samples`` rows of ``length`` tokens a recipe uses: steps that need no statistics need no more than
     the errors are measured on."""
     return samples if needs_of(recipe) else min(samples, -(-ERROR_ROWS // length))
+
+
+def first_that_reads(recipe: Recipe) -> str:
+    """The first step that calibration rows are needed for, as a recipe names it; empty if there is none."""
+    for stage in recipe.stages:
+        method = stage.method
+        if isinstance(method, StructuredMethod) or method.needs or method.learns or method.stage == "clip":
+            return f"{stage.kind} ({stage.method_name})"
+    return "kv_cache" if recipe.kv_cache else ""
 
 
 def warm_up(recipe: Recipe, width: int, dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmcompress.calibration import Calibration
+from llmcompress.calibration import NONE, Calibration
 from llmcompress.errors import UserError, nearest
 from llmcompress.recover import KINDS
 
@@ -14,7 +14,8 @@ class Options:
     """Everything about a run but the model and the recipe.
 
     Attributes:
-        calibration: ``self``, a text or JSONL file, a safetensors file of token rows, or ``DATASET[:split]``.
+        calibration: ``self``, a text or JSONL file, a safetensors file of token rows, ``DATASET[:split]``, or ``none``
+            for recipes whose steps read no rows.
         samples, length: calibration rows and tokens per row.
         eval_text: file on which the result is judged; None takes held-out samples of the model itself.
         evaluate: False leaves perplexity and divergence out.
@@ -62,6 +63,11 @@ class Options:
     def calibration_rows(self) -> Calibration:
         """Which rows to calibrate on."""
         return Calibration(self.calibration, self.samples, self.length, self.seed)
+
+    @property
+    def rows(self) -> int:
+        """How many calibration rows there are."""
+        return 0 if self.calibration == NONE else self.samples
 
     @property
     def replay(self) -> bool:

@@ -114,7 +114,7 @@ class Run:
 
     def _begin(self, dense: BlockwiseModel, work: Workplace) -> Report:
         """Everything that may be refused, and the rows to calibrate on; then the rest."""
-        walked, samples = self.recipe.blockwise, self.options.samples
+        walked, samples = self.recipe.blockwise, self.options.rows
         shapes = check_fit(walked, dense)
         removable(dense, self.recipe)  # refuses what has no groups to remove, before anything takes long
         if self.recipe.structured is None:

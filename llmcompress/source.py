@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llmcompress.arithmetic import choose_device, choose_dtype
-from llmcompress.calibration import evaluation_rows, token_rows
+from llmcompress.calibration import NONE, SELF, evaluation_rows, token_rows
 from llmcompress.errors import UserError
 from llmcompress.model.checkpoint import Checkpoint
 from llmcompress.model.load import BlockwiseModel
@@ -48,13 +48,13 @@ def draw_tokens(source: Source, samples: int, progress: Progress) -> tuple[Tenso
     Texts are read first, as they may be too short; what the model has to write itself is written in one go.
     """
     o = source.options
-    if samples < o.samples:
-        progress.say(f"{samples} of {o.samples} calibration rows are read: no step needs more")
+    if samples < o.rows:
+        progress.say(f"{samples} of {o.rows} calibration rows are read: no step needs more")
     rows = eval_rows = None
     wanted: list[tuple[int, int, int]] = []
-    if samples and o.calibration == "self":
+    if samples and o.calibration == SELF:
         wanted.append((samples, o.length, o.seed))
-    elif samples:
+    elif samples or o.calibration == NONE:
         rows = token_rows(o.calibration_rows, source.folder, trust_remote_code=o.trust_remote_code)
     if o.evaluate and o.eval_text is None:
         wanted.append((HELD_OUT_SAMPLES, o.length, o.seed + HELD_OUT_SEED))

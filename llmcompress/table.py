@@ -52,7 +52,9 @@ def bytes_text(count: float | None) -> str:
 
 
 def rows_text(rows: Mapping[str, Any]) -> str:
-    """``16 × 128 tokens of its own samples`` or ``… of FILE``: what a model was calibrated or judged on."""
+    """``16 × 128 tokens of its own samples`` or ``… of FILE``: what a model was calibrated or judged on, if on any."""
+    if not rows.get("samples"):
+        return "no tokens, so that errors are those of the weights"
     text = "its own samples" if rows.get("source") == "self" else str(rows.get("source"))
     return f"{rows.get('samples')} × {rows.get('length')} tokens of {text}"
 

@@ -27,7 +27,7 @@ from llmcompress.distributed import ALONE, Team
 from llmcompress.errors import UserError
 from llmcompress.export.quantized import Scheme
 from llmcompress.hidden_states import digest
-from llmcompress.lane import PROBE_TOKENS, Lane, require_finite, sample
+from llmcompress.lane import Lane, beginning, require_finite, sample
 from llmcompress.measure import Phases, peak_memory_bytes, release_freed_memory
 from llmcompress.methods.uncalibrated import aimed_at_compressed, steadied, without_rows
 from llmcompress.methods.unrounded import keeping_unrounded
@@ -68,7 +68,7 @@ class Walk:
     Args:
         model: the dense model, its blocks not loaded.
         recipe: what to do.
-        tokens: (N, T) int64 calibration rows.
+        tokens: (N, T) int64 calibration rows; none if no step reads any.
         replay: run blocks from their start to each group instead of suspending them: less memory, same result.
         offload: folder on whose disk forwards that wait in front of a block have their hidden states; None: in memory.
         team: processes that share the rows.
@@ -101,7 +101,7 @@ class Walk:
         self.warnings: list[str] = []
         self._needs = needs_of(recipe)
         used = tokens[: samples_needed(recipe, *tokens.shape)]
-        self.samples, self.tokens, self._probe = len(used), team.share(used), used[:1, :PROBE_TOKENS]
+        self.samples, self.tokens, self._probe = len(used), team.share(used), beginning(used)
         self.team = team
         self._stays_dense = recipe.propagate == "dense"
         self._smooths = any(method.stage == "smooth" for method in recipe.methods)
@@ -265,9 +265,9 @@ class Walk:
         self.team.merge(stats)
         work = outcome.working_copies(group, [view.name for view in views])
         self.team.run(methods, work, stats)
-        if self._starved.is_expert(group.name):
+        if self.samples and self._starved.is_expert(group.name):
             work.figures["rows"] = reached
-        seen = self._seen(rows) if reached else torch.eye(group.width).to(rows[0])  # the error is that of the weights
+        seen = self._seen(rows) if reached else None  # the error is that of the weights
         errors = relative_errors(work, views, seen, self._seen(dense_rows) if len(places) > 1 else seen, self.team)
         outcome.commit(group, work, places[0])
         for matrix, error in zip(work.matrices, errors, strict=True):
@@ -288,15 +288,15 @@ class Walk:
     def _group_report(self, group: InputGroup, work: MatrixGroup, peaks: Tensor) -> GroupReport:
         smooths = self._smooths or work.smoothing is not None
         folded = work.smoothing is not None if smooths else None
-        refusal = group.fold_refusal if folded is False else ""
-        return GroupReport(group.name, folded, refusal, work.figures, described(peaks, work.smoothing))
+        inputs = described(peaks, work.smoothing) if self.samples else {}
+        return GroupReport(group.name, folded, group.fold_refusal if folded is False else "", work.figures, inputs)
 
     def _plan(self, group: InputGroup, rows: int) -> tuple[frozenset[str], tuple[Method, ...]]:
         """Statistics and steps for a group that so many rows reach."""
         is_expert = self._starved.is_expert(group.name)
         if is_expert and rows >= MIN_EXPERT_ROWS:
             return self._needs - {"cross"}, steadied(aimed_at_compressed(self._methods), group.width, rows)
-        if rows and not is_expert:
+        if (rows and not is_expert) or not self.samples:
             return self._needs, self._methods
         self._starved.note(group.name)
         return frozenset(), without_rows(self._methods, group.name)

@@ -10,6 +10,7 @@ there the divergence tells how far the outputs move, perplexity tells nothing).
 Both programs get the same checkpoint, the same token rows from one file, the same dtype of the arithmetic and the same
 number of threads, and run one after the other in processes of their own. ``seconds`` goes from opening the checkpoint
 to the complete output folder, without starting Python, importing and evaluating; the least of ``--repeat`` rounds.
+Rounding to nearest reads no rows in either.
 Our kernels are compiled once per installation, so an uncounted run on a small model comes first; loading them counts.
 Peak memory is VmHWM of the whole process, imports included; on a GPU also what torch allocated there. Both outputs are
 judged by the same evaluator, ours, which reads what was written and rounds inputs as a run time would.
@@ -151,6 +152,7 @@ class Bench:
         if program == OURS:
             environment["PYTHONPATH"] = str(HERE.parent)
         python = sys.executable if program == OURS else o.peer_python
+        os.sync()  # neither program pays for writing out what the one before it left
         command = [python, str(HERE / "bench_peers_worker.py"), str(job)]
         with log.open("w") as file:
             code = subprocess.run(command, env=environment, cwd=self.work, stdout=file, stderr=file).returncode

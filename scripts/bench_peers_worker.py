@@ -30,6 +30,8 @@ if JOB.get("program") == "llmcompress":
 
 import torch  # noqa: E402
 
+#: recipes for which llm-compressor reads no rows either
+DATA_FREE = ("rtn-w8a8",)
 #: the linear layers of Llama's blocks; a pruner of llm-compressor told to ignore the head prunes it if it is tied
 PROJECTIONS = ["re:.*(q|k|v|o|gate|up|down)_proj$"]
 
@@ -41,8 +43,9 @@ def llmcompress_run(job: dict[str, Any]) -> Callable[[], object]:
     with libraries():
         from llmcompress import api
 
+    rows = "none" if job["recipe"] in DATA_FREE else job["tokens"]
     options = api.Options(
-        calibration=job["tokens"], samples=job["samples"], length=job["length"], evaluate=False,
+        calibration=rows, samples=job["samples"], length=job["length"], evaluate=False,
         device=job["device"], dtype=job["dtype"],
     )  # fmt: skip
     return lambda: api.compress(job["checkpoint"], job["recipe"], job["output"], options, force=True)

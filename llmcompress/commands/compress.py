@@ -83,8 +83,9 @@ def _parser() -> Parser:
 
     data = parser.add_argument_group("calibration and evaluation")
     add = data.add_argument
-    add("--calibration", default="self", metavar="self|FILE.txt|FILE.jsonl|FILE.safetensors|DATASET[:split]",
-        help="text the model is calibrated on; 'self' samples the model (default)")  # fmt: skip
+    add("--calibration", default="self", metavar="self|none|FILE.txt|FILE.jsonl|FILE.safetensors|DATASET[:split]",
+        help="text the model is calibrated on; 'self' samples the model (default), 'none' is for recipes whose steps "
+        "read no rows")  # fmt: skip
     add("--samples", type=int, default=32, metavar="N", help="calibration rows (default: 32)")
     add("--length", type=int, default=512, metavar="L", help="tokens per row (default: 512)")
     judged = data.add_mutually_exclusive_group()

@@ -154,7 +154,7 @@ def _figures(report: Report) -> str:
 def _data(report: Report) -> str:
     rows = [["", "text", "rows", "tokens per row", "tokens", "seed"]]
     for purpose, described in (("calibration", report.calibration), ("evaluation", report.evaluation)):
-        if described:
+        if described.get("samples"):
             samples, length = described["samples"], described["length"]
             cells = [_source(described), samples, length, samples * length, described.get("seed", "")]
             rows.append([purpose, *(str(cell) for cell in cells)])
@@ -193,7 +193,7 @@ def _limits(report: Report, inherited: dict[str, Any]) -> list[str]:
             "transformers turns quantized weights back into floating point to compute; only a runtime with integer "
             "kernels is faster than the dense model."
         )
-    if report.calibration:
+    if report.calibration.get("samples"):
         lines.append(f"Calibrated on {_rows(report.calibration)}: text unlike it may suffer more than the figures say.")
     if "license" not in inherited:
         lines.append("No licence was found beside the base model; its terms apply to this one.")
