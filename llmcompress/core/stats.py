@@ -19,7 +19,7 @@ KINDS = frozenset({"absmax", "low", "high", "mean", "mean_abs", "squares", "gram
 #: from this width on the symmetric update of BLAS is faster on a CPU
 SYRK_WIDTH = 1024
 #: columns of the products that make up a narrower Gram matrix
-GRAM_BLOCK = 256
+GRAM_BLOCK = 128
 #: entries of rows that are taken to float32 at once: little enough for memory that was used before
 UPDATE_ENTRIES = 6 << 20
 
