@@ -29,7 +29,8 @@ class MatrixReport:
         shape: (out, in).
         sparsity: share of exact zeros.
         bits: stored bits per weight, scales included.
-        relative_error: ‖(W − Q) X‖² / ‖W X‖² on calibration rows X; None if it was not measured.
+        relative_error: ‖(W − Q) X‖² / ‖W X‖² on calibration rows X, or ‖W − Q‖² / ‖W‖² without any; None if it was not
+            measured.
         figures: what else is known of it.
     """
 

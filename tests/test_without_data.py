@@ -70,6 +70,7 @@ def test_errors_are_those_of_the_weights(checkpoint: Path, tmp_path: Path) -> No
         assert matrix.relative_error == pytest.approx(float((W - Q).square().sum() / W.square().sum()), rel=1e-4)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "no tokens, so that errors are those of the weights" in page
+    assert "‖W − Q‖² ÷ ‖W‖², as no rows were read" in page and "on calibration rows" not in page
     assert "No data was used." in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -117,7 +117,9 @@ def _speed_rows(result: Result) -> list[list[str]]:
 
 
 def _maps(report: Report) -> list[dict[str, Any]]:
-    error = "‖W X − Q X̂‖² ÷ ‖W X‖² on calibration rows; the colour is its logarithm."
+    without_rows = report.calibration.get("samples") == 0
+    measure = "‖W − Q‖² ÷ ‖W‖², as no rows were read" if without_rows else "‖W X − Q X̂‖² ÷ ‖W X‖² on calibration rows"
+    error = f"{measure}; the colour is its logarithm."
     bits = "As stored, scales included; zeros are stored like other weights."
     found = [
         ("errors", "Relative error", error, error_map(report)),
