@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +87,7 @@ class CheckpointWriter:
         self._shards = [shard.names for shard in finished]  # tensor names of each shard
         self._background = ThreadPoolExecutor(max_workers=1)
         self._writing: list[Future[None]] = []
+        self._in_memory: Sequence[Future[None]] = ()  # what writes the last shard that came with its tensors
         self._names = {name for shard in finished for name in shard.names}
         self._made_parents: list[Path] = []
         self._sealed = self._broken = False
@@ -112,10 +113,8 @@ class CheckpointWriter:
         if self.partial.exists() and not self._kept:
             shutil.rmtree(self.partial, ignore_errors=True)
             remove_empty(self._made_parents)
-        if not self._kept and is_full_disk(error or failure):
-            raise UserError("the disk is full", str(self.output), "free some space or choose another folder") from (
-                error or failure
-            )
+        if not self._kept and is_full_disk(cause := error or failure):
+            raise UserError("the disk is full", str(self.output), "free some space or choose another folder") from cause
         if failure is not None:
             raise failure
 
@@ -130,21 +129,22 @@ class CheckpointWriter:
     @property
     def hashes(self) -> dict[str, str]:
         """sha256 of each shard by its final name; call it after the last ``add``."""
-        self._await_writing()
+        self._await(self._writing)
         return dict(zip(self.shard_names, (shard.sha256 for shard in self.shards), strict=True))
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Writes ``tensors`` as one shard (several if too large) once the shard before is written, in the background;
-        they must not be changed afterwards. What went wrong is raised by the next call of a method.
+        """Writes ``tensors`` as one shard (several if too large) in the background, where one such shard waits at a
+        time; they must not be changed afterwards. What went wrong is raised by the next call of a method.
 
         Raises:
             ValueError: a name was added before, or the folder is sealed.
         """
         self._require_new(tensors.keys())
         for names in _split(tensors, self.shard_bytes):
-            self._await_writing()
+            self._await(self._in_memory)
             plain = _plain(tensors, names)
             self._append(names, sum(tensors[name].nbytes for name in names), [plain].pop)  # it keeps none itself
+            self._in_memory = self._writing[-1:]
 
     def add_unread(self, names: Sequence[str], nbytes: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
         """Writes one shard whose tensors are read in the background too, when all before it are written.
@@ -189,7 +189,7 @@ class CheckpointWriter:
             copy_from: folder of the input model.
             copy: patterns of the files to copy from there.
         """
-        self._await_writing()
+        self._await(self._writing)
         for source in companions(copy_from, copy) if copy_from else ():
             target = self.partial / source.relative_to(copy_from or "")
             target.parent.mkdir(exist_ok=True)
@@ -237,22 +237,26 @@ class CheckpointWriter:
         self.then(lambda: self._write_shard(path, read(), nbytes))
         self.total_bytes += nbytes
 
-    def _await_writing(self) -> None:
-        """Waits until the last shard is on disk, and raises what kept it from getting there."""
+    def _await(self, jobs: Sequence[Future[None]]) -> None:
+        """Waits until they are done, and raises what went wrong in anything that is done by then."""
+        wait(jobs)
         if (failure := self._failure()) is not None:
             raise failure
 
     def _failure(self) -> BaseException | None:
-        writing, self._writing = self._writing, []
-        return next((error for job in writing if (error := job.exception())), None)
+        done = [job for job in self._writing if job.done()]
+        self._writing = [job for job in self._writing if job not in done]
+        return next((error for job in done if (error := job.exception())), None)
 
     def _write_shard(self, path: Path, tensors: dict[str, Tensor], nbytes: int) -> None:
         save_file(tensors, path, {"format": "pt"})
         tensors.clear()  # now: what follows waits for the disk
         release_freed_memory()
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read it
-        sync(path)
-        self.shards.append(Shard(self._shards[len(self.shards)], sha256(path), nbytes))
+        with ThreadPoolExecutor(1) as aside:  # the processor reads it while the disk writes it
+            written, digest = aside.submit(sync, path), sha256(path)
+        written.result()
+        self.shards.append(Shard(self._shards[len(self.shards)], digest, nbytes))
 
     def _take_up(self) -> None:
         """Leaves in the folder the finished shards alone, under the names they have while others follow."""

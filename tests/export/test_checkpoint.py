@@ -86,7 +86,7 @@ def test_what_was_added_is_on_disk_before_the_next_is_written(tmp_path):
             assert [list(tensors) for tensors in before] == [[f"t{i}"] for i in range(1, count)]
 
 
-def test_what_is_read_in_the_background_is_waited_for_only_by_what_follows(tmp_path):
+def test_what_is_read_in_the_background_keeps_nobody_waiting_before_the_second_that_is_added(tmp_path):
     may_read = threading.Event()
 
     def read() -> dict[str, torch.Tensor]:
@@ -98,10 +98,13 @@ def test_what_is_read_in_the_background_is_waited_for_only_by_what_follows(tmp_p
         assert (writer.number_of_shards, writer.total_bytes, writer.shards) == (1, 16, [])
         with pytest.raises(ValueError, match="tensor a was already written"):
             writer.add({"a": torch.zeros(1)})
-        may_read.set()
         writer.add({"b": torch.zeros(1)})
+        assert writer.shards == []
+        threading.Timer(0.1, may_read.set).start()
+        writer.add({"c": torch.zeros(1)})  # waits for b
+        assert [shard.names for shard in writer.shards[:2]] == [["a"], ["b"]]
         writer.finish(FILES)
-    assert [list(load_file(shard)) for shard in sorted((tmp_path / "out").glob("*.safetensors"))] == [["a"], ["b"]]
+    assert [list(load_file(file)) for file in sorted((tmp_path / "out").glob("*.safetensors"))] == [["a"], ["b"], ["c"]]
 
 
 def test_what_cannot_be_read_in_the_background_is_raised_by_the_next_call(tmp_path):
