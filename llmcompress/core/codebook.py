@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmcompress.core.floats import float_codes, float_values
+from llmcompress.core.floats import all_codes, float_codes, float_values
 
 #: of this file
 KINDS = ("power", "log", "codebook")
@@ -85,8 +85,7 @@ def codebook(kind: str, bits: int, values: tuple[float, ...] = ()) -> Table:
 
 def float_table(kind: str) -> Table:
     """The levels of a kind of `llmcompress.core.floats.FLOATS`; halves go to the even code, as there."""
-    codes = torch.arange(-128, 128).to(torch.int8) if kind == "fp8" else torch.arange(16, dtype=torch.int8)
-    values = float_values(kind, codes)
+    values = float_values(kind, all_codes(kind))
     values = values[~values.isnan()].unique()
     middles = (values[1:] + values[:-1]) / 2  # exact
     to_upper = float_codes(kind, values[1:]).int() % 2 == 0

@@ -18,6 +18,8 @@ from torch import Tensor
 
 #: kind → bits of a code, columns that share a scale (0: not in groups)
 FLOATS = {"fp8": (8, 0), "nvfp4": (4, 16), "mxfp4": (4, 32)}
+#: kind → mantissa bits, exponent bias and code of the largest magnitude, and whether a zero has a sign
+LAYOUTS = {"fp8": (3, 7, 0x7E, True), "nvfp4": (1, 1, 7, False), "mxfp4": (1, 1, 7, False)}
 E4M3 = torch.float8_e4m3fn
 E4M3_MOST = 448.0
 E2M1_MOST = 6.0
@@ -60,6 +62,11 @@ def float_codes(kind: str, exact: Tensor) -> Tensor:
     for number, middle in enumerate(_MIDDLES):
         index += (magnitude >= middle if number % 2 else magnitude > middle).to(torch.int8)
     return index + 8 * (torch.signbit(exact) & (index > 0)).to(torch.int8)
+
+
+def all_codes(kind: str) -> Tensor:
+    """int8 codes by their bits."""
+    return torch.arange(1 << FLOATS[kind][0], dtype=torch.uint8).view(torch.int8)
 
 
 def float_values(kind: str, codes: Tensor) -> Tensor:

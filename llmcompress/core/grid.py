@@ -11,24 +11,21 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from llmcompress.core.codebook import KINDS, Table, best_scale, codebook, float_table, range_scale
-from llmcompress.core.floats import FLOATS, float_codes, float_scale, float_values
+from llmcompress.core.floats import FLOATS, LAYOUTS, all_codes, float_codes, float_scale, float_values
 from llmcompress.core.notation import parse
-from llmcompress.core.observe import best_trial
+from llmcompress.core.observe import least_error
 from llmcompress.errors import UserError
 
-#: shares of the full range that an ``mse`` grid tries
-SHARES = tuple(1 - step / 100 for step in range(80))
 #: entries that are rounded at once
 PART_ENTRIES = 1 << 20
-#: entries from which activations are rounded by a compiled kernel
+#: entries from which a compiled kernel is used: a model that only runs, or few values, want no compiler
 COMPILED_ENTRIES = 1 << 14
-#: groups whose trials are held at once
-FIT_GROUPS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -164,10 +161,12 @@ class QuantGrid:
             weight = None if weight is None else weight.reshape(-1, size)
             scale = best_scale(grouped.reshape(-1, size), self.table, weight).view_as(low)
             return Levels(_storable(scale, scale_dtype))
-        return self._fit_mse(grouped, low, high, scale_dtype, weight)
+        return Levels(*least_error(self, grouped, low, high, scale_dtype, weight))
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest value of each part of ``x`` (rows, cols) that shares a scale, and zero, (rows or 1, G)."""
+        if isinstance(self.group, int) and _compiles(x, torch.float32):
+            return _kernels().ranges(x, self.group)
         grouped = self._grouped(x.float())
         return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
@@ -195,6 +194,8 @@ class QuantGrid:
         Args:
             generator: random rounding is drawn from it; None rounds to the nearest, whatever ``stochastic`` says.
         """
+        if self.kind in FLOATS and generator is None and _compiles(x, torch.float32):
+            return _kernels().codes(x, levels.scale, *LAYOUTS[self.kind])
         codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
         for rows, scale, zero in _parts(x, levels):
             exact = self._grouped(x[rows].float()) / scale
@@ -216,6 +217,9 @@ class QuantGrid:
     def dequantize(self, codes: Tensor, levels: Levels, out: Tensor | None = None) -> Tensor:
         """(rows, cols) float32 values of ``codes``, in ``out`` if that is given, contiguous."""
         values = torch.empty(codes.shape, device=codes.device) if out is None else out
+        if self.kind in FLOATS and _compiles(codes, torch.int8):
+            _kernels().values(codes, levels.scale, float_values(self.kind, all_codes(self.kind)), values)
+            return values
         for rows, scale, zero in _parts(codes, levels):
             part = self._grouped(values[rows].copy_(self._plain(codes[rows])))
             (part if zero is None else part.sub_(zero)).mul_(scale)
@@ -241,8 +245,9 @@ class QuantGrid:
         if not x.numel():
             return x
         flat = x.reshape(-1, x.shape[-1])
-        if levels is None and self._compiles(flat):
-            from llmcompress.core.kernels.round_cpu import round_rows  # here: few tokens want no compiler
+        own = self.kind == "int" and self.symmetric and self.group != "tensor" and levels is None
+        if own and _compiles(flat, torch.float32, torch.bfloat16):
+            from llmcompress.core.kernels.round_cpu import round_rows
 
             return round_rows(flat.reshape(-1, self.group_size(flat.shape[1])), self.bits).view_as(x)
         if levels is None and self.group == "tensor":
@@ -252,33 +257,12 @@ class QuantGrid:
             rounded[rows] = self.round(flat[rows], levels or self.fit(flat[rows], x.dtype))
         return rounded.view_as(x)
 
-    def _compiles(self, x: Tensor) -> bool:
-        """Whether there is a kernel for activations ``x`` (tokens, features), whose scales are their own."""
-        fits = self.kind == "int" and self.symmetric and self.group != "tensor" and x.numel() >= COMPILED_ENTRIES
-        return fits and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-
     def _grouped(self, x: Tensor) -> Tensor:
         """(rows, cols) seen as (rows or 1, G, columns sharing a scale)."""
         if self.group == "tensor":
             return x.reshape(1, 1, -1)
         size = self.group_size(x.shape[1])
         return x.reshape(x.shape[0], x.shape[1] // size, size)
-
-    def _fit_mse(
-        self, grouped: Tensor, low: Tensor, high: Tensor, scale_dtype: torch.dtype, weight: Tensor | None
-    ) -> Levels:
-        """The best of all shares of the full range, for some groups at a time, so that the trials stay small."""
-        size, found = grouped.shape[-1], []
-        parts = [t.split(FIT_GROUPS) for t in (grouped.reshape(-1, size), low.flatten(), high.flatten())]
-        weights = [None] * len(parts[0]) if weight is None else weight.reshape(-1, size).split(FIT_GROUPS)
-        for x, least, most, w in zip(*parts, weights, strict=True):
-            trials = [self.levels(least * share, most * share, scale_dtype) for share in SHARES]
-            scale = torch.stack([t.scale for t in trials])
-            zero = torch.stack([torch.zeros_like(t.scale) if t.zero_point is None else t.zero_point for t in trials])
-            best = best_trial(x, scale, zero, self.range, w)[None]
-            found.append((scale.gather(0, best)[0], zero.gather(0, best)[0]))
-        scale, zero = (torch.cat(pieces).view_as(low) for pieces in zip(*found, strict=True))
-        return Levels(scale, None if self.symmetric else zero)
 
 
 @dataclass(frozen=True)
@@ -298,6 +282,17 @@ class QuantizedWeight:
     def dequantize(self, out: Tensor | None = None) -> Tensor:
         """(out, in) float32, in the memory of ``out`` if that is given, contiguous."""
         return self.grid.dequantize(self.codes, self.levels, out)
+
+
+def _compiles(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether a compiled kernel for tensors of these dtypes is worth its loading."""
+    return x.device.type == "cpu" and x.dtype in dtypes and x.numel() >= COMPILED_ENTRIES
+
+
+def _kernels() -> ModuleType:
+    from llmcompress.core.kernels import floats_cpu
+
+    return floats_cpu
 
 
 def _slices(x: Tensor) -> Iterator[slice]:

@@ -12,6 +12,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from llmcompress.core.grid import QuantGrid
 
+#: shares of the full range that an ``mse`` grid tries
+SHARES = tuple(1 - step / 100 for step in range(80))
+#: groups whose trials are held at once
+FIT_GROUPS = 1 << 14
 #: of a histogram of inputs
 BINS = 2048
 #: share of the values that ``percentile`` covers
@@ -48,10 +52,38 @@ def best_trial(
     return best
 
 
-def observed_range(grid: QuantGrid, rows: Sequence[Tensor], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+def least_error(
+    grid: QuantGrid, grouped: Tensor, low: Tensor, high: Tensor, scale_dtype: torch.dtype, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The best of `SHARES` of each group's range, for some groups at a time, so that the trials stay small.
+
+    Args:
+        grid: of integers.
+        grouped: (rows or 1, G, size) float32.
+        low, high: (rows or 1, G) its range.
+        scale_dtype: that scales are stored in.
+        weight: of the errors, like ``grouped``; ones if None.
+
+    Returns:
+        Scales and zero points, (rows or 1, G); None for those of a symmetric grid.
+    """
+    size, found = grouped.shape[-1], []
+    parts = [t.split(FIT_GROUPS) for t in (grouped.reshape(-1, size), low.flatten(), high.flatten())]
+    weights = [None] * len(parts[0]) if weight is None else weight.reshape(-1, size).split(FIT_GROUPS)
+    for x, least, most, w in zip(*parts, weights, strict=True):
+        trials = [grid.levels(least * share, most * share, scale_dtype) for share in SHARES]
+        scale = torch.stack([t.scale for t in trials])
+        zero = torch.stack([torch.zeros_like(t.scale) if t.zero_point is None else t.zero_point for t in trials])
+        best = best_trial(x, scale, zero, grid.range, w)[None]
+        found.append((scale.gather(0, best)[0], zero.gather(0, best)[0]))
+    scale, zero = (torch.cat(pieces).view_as(low) for pieces in zip(*found, strict=True))
+    return scale, None if grid.symmetric else zero
+
+
+def observed_range(grid: QuantGrid, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The range of a static grid, by its observer, on a histogram of 2,048 bins.
 
-    ``percentile`` covers 99.99 % of the values. The others try ``shares`` of the full range, on the values that are not
+    ``percentile`` covers 99.99 % of the values. The others try `SHARES` of the full range, on the values that are not
     zero, as every grid has zero itself and ReLU leaves a spike of it in one bin: ``mse`` takes the share of the least
     squared error; ``kl`` that of the least divergence between the histogram and what is left of it in codes (Migacz,
     2017); ``entropy`` that of the largest weighted entropy of the codes, − Σ I P log P, P a code's share of the values
@@ -60,7 +92,6 @@ def observed_range(grid: QuantGrid, rows: Sequence[Tensor], shares: Sequence[flo
     Args:
         grid: of a whole tensor.
         rows: (tokens, in) float32 each.
-        shares: descending from 1.
 
     Returns:
         (1, 1) lowest, at most 0, and highest, at least 0.
@@ -70,13 +101,11 @@ def observed_range(grid: QuantGrid, rows: Sequence[Tensor], shares: Sequence[flo
     if float(low) != float(high):
         seen = rows if grid.observer == "percentile" else [x[x != 0] for x in rows]
         counts = torch.stack([torch.histc(x, BINS, float(low), float(high)) for x in seen]).double().sum(0).cpu()
-        low, high = _covered(grid, low, high, counts, shares)
+        low, high = _covered(grid, low, high, counts)
     return low.view(1, 1).to(rows[0].device), high.view(1, 1).to(rows[0].device)
 
 
-def _covered(
-    grid: QuantGrid, low: Tensor, high: Tensor, counts: Tensor, shares: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+def _covered(grid: QuantGrid, low: Tensor, high: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """The part of [low, high] that is worth covering."""
     width = float(high - low) / BINS
     centres = float(low) + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
@@ -85,8 +114,8 @@ def _covered(
         tail = (1 - COVERED) / 2
         bottom, top = int((below < tail).sum()), int((below < 1 - tail).sum())
         return (low + width * bottom).clamp(max=0), (low + width * (top + 1)).clamp(min=0)
-    losses = [_loss(grid, centres, counts, low * share, high * share) for share in shares]
-    best = shares[losses.index(min(losses))]
+    losses = [_loss(grid, centres, counts, low * share, high * share) for share in SHARES]
+    best = SHARES[losses.index(min(losses))]
     return low * best, high * best
 
 

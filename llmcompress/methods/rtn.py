@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.core.codebook import KINDS
-from llmcompress.core.grid import SHARES, QuantGrid, QuantizedWeight
+from llmcompress.core.grid import QuantGrid, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup, Method
 from llmcompress.core.observe import observed_range
 from llmcompress.core.stats import InputStats
@@ -62,7 +62,7 @@ class RTN(Method):
         set_output_grids(group, self.quantize_outputs)
         most = torch.stack([m.weight.abs().amax() for m in group]).amax() if self.weights.kind == "nvfp4" else None
         for matrix in group:
-            matrix.quantize(round_to_nearest(matrix, self.weights, most))
+            matrix.quantize(round_to_nearest(matrix, self.weights, most), out=matrix.weight)
         return stats
 
 
@@ -84,7 +84,7 @@ def set_activation_grid(group: MatrixGroup, stats: InputStats, grid: QuantGrid |
         if grid.observer == "minmax":
             low, high = stats.low.amin().clamp(max=0), stats.high.amax().clamp(min=0)
         else:
-            low, high = observed_range(grid, list(stats.iter_rows()), SHARES)
+            low, high = observed_range(grid, list(stats.iter_rows()))
         group.activation_levels = grid.levels(low.view(1, 1), high.view(1, 1), group.matrices[0].scale_dtype)
 
 

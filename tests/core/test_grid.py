@@ -10,7 +10,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, compute_dyn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcompress.core.grid import COMPILED_ENTRIES, QuantGrid, QuantizedWeight
+from llmcompress.core.grid import COMPILED_ENTRIES, Levels, QuantGrid, QuantizedWeight
 from llmcompress.errors import UserError
 
 BITS = range(2, 9)
@@ -92,9 +92,44 @@ def test_activations_are_rounded_by_the_kernel_to_the_bit_as_by_torch(
     grid, rows = QuantGrid(bits, True, group, dynamic=True), COMPILED_ENTRIES // columns + 2
     x = (weight_of(rows, columns, seed) * size).to(dtype)
     x[1], x[2, 0] = 0, 1e4 * x[2, 0]
-    assert grid._compiles(x)
+    assert x.numel() >= COMPILED_ENTRIES
     by_torch = torch.cat([grid.round_activations(part) for part in x.split(4)])
     assert torch.equal(grid.round_activations(x[None])[0], by_torch)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    text=st.sampled_from(["fp8", "fp8-tensor", "nvfp4", "mxfp4"]),
+    columns=st.sampled_from([32, 96, 1024]),
+    size=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
+    seed=st.integers(0, 999),
+)
+def test_small_floats_are_the_same_to_the_bit_by_the_kernel_and_by_torch(
+    text: str, columns: int, size: float, seed: int
+) -> None:
+    grid, rows = QuantGrid.parse_weights(text), COMPILED_ENTRIES // columns + 2
+    x = weight_of(rows, columns, seed) * size
+    x[1], x[2, 0], x[3] = 0, 1e4 * x[2, 0], -0.0
+    low, high = grid.bounds(x)
+    levels = grid.levels(low, high)
+    ties = grid.table.middles[-14:] * levels.scale[0, 0]
+    x[5, :14], x[6, :14] = ties, -ties  # and beyond the range
+    codes, values = grid.quantize(x, levels), grid.dequantize(grid.quantize(x, levels), levels)
+    for first in range(0, rows, 4):  # too few for the kernel
+        part = slice(first, first + 4)
+        own = levels if len(levels.scale) == 1 else Levels(levels.scale[part])
+        assert torch.equal(codes[part], grid.quantize(x[part], own))
+        by_torch = grid.dequantize(codes[part], own)
+        assert torch.equal(values[part].view(torch.int32), by_torch.view(torch.int32))  # the sign of zeros too
+
+
+@pytest.mark.parametrize("size", [16, 24, 128])
+def test_ranges_of_groups_are_the_same_by_the_kernel_and_by_torch(size: int) -> None:
+    grid, x = QuantGrid(4, False, size), weight_of(COMPILED_ENTRIES // size, 3 * size)
+    x[0], x[1] = x[0].abs(), -x[1].abs()  # zero is in every range
+    parts = [grid.bounds(part) for part in x.split(4)]
+    for found, by_torch in zip(grid.bounds(x), map(torch.cat, zip(*parts, strict=True)), strict=True):
+        assert torch.equal(found, by_torch)
 
 
 @settings(max_examples=200, deadline=None)

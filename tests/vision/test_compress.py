@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llmcompress.cli import main
-from llmcompress.core.grid import SHARES, QuantGrid
+from llmcompress.core.grid import QuantGrid
 from llmcompress.core.observe import observed_range
 from llmcompress.vision import VisionRecipe, compress_vision, load_vision
 from llmcompress.vision.fold import fold_norms
@@ -141,7 +141,7 @@ def test_an_observer_covers_no_more_than_the_extremes_and_ignores_an_outlier(obs
     x = torch.randn(400, 100, generator=torch.Generator().manual_seed(0))
     x[0, 0] = 40.0
     grid = QuantGrid(6, False, "tensor", observer=observer)
-    low, high = observed_range(grid, [x[:150], x[150:]], SHARES)
+    low, high = observed_range(grid, [x[:150], x[150:]])
     assert float(x.min()) <= float(low) <= 0 <= float(high) <= 40.0
     assert float(high) < (10.0 if observer == "percentile" else 40.0)
     if observer == "mse":
@@ -154,7 +154,7 @@ def test_an_observer_covers_no_more_than_the_extremes_and_ignores_an_outlier(obs
 def test_zeros_which_every_grid_has_do_not_move_a_range(observer: str) -> None:
     x = torch.randn(400, 20, generator=torch.Generator().manual_seed(0)).relu()
     grid = QuantGrid(8, False, "tensor", observer=observer)
-    ranges = [observed_range(grid, [rows], SHARES) for rows in (x, torch.cat([x, torch.zeros(4000, 20)]))]
+    ranges = [observed_range(grid, [rows]) for rows in (x, torch.cat([x, torch.zeros(4000, 20)]))]
     assert torch.equal(ranges[0][1], ranges[1][1]) and float(ranges[0][1]) > 2.0  # two standard deviations
 
 
