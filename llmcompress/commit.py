@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmcompress.core.grid import Levels, QuantizedWeight
 from llmcompress.core.group import Matrix, MatrixGroup
+from llmcompress.core.kernels import distance_cpu
 from llmcompress.core.sparsity import count_nonzero
 from llmcompress.distributed import ALONE, Team
 from llmcompress.export.quantized import Scheme, experts_note, loadable, pack, stored_bits_per_weight, unsupported
@@ -238,11 +239,11 @@ def _squares(
     """‖W X − Q X̂‖² and ‖W X‖² of one matrix, some outputs at a time, so that what lies between stays small."""
     lost = meant = 0.0
     step = max(ERROR_ENTRIES // weight.shape[1], 1)
+    if rows is None or dense_rows is None:
+        return _distance(dense, weight if smoothing is None else weight / smoothing)
     for stored, W in zip(weight.split(step), dense.split(step), strict=True):
         stored = stored if smoothing is None else stored / smoothing
-        if rows is None or dense_rows is None:
-            expected, wrong = W, W - stored
-        elif rows is dense_rows:
+        if rows is dense_rows:
             expected = rows @ W.to(rows.dtype).T
             wrong = rows @ (W - stored).to(rows.dtype).T
         else:
@@ -251,3 +252,11 @@ def _squares(
         lost += float(wrong.float().square().sum())
         meant += float(expected.float().square().sum())
     return lost, meant
+
+
+def _distance(dense: Tensor, stored: Tensor) -> tuple[float, float]:
+    """‖W − Q‖² and ‖W‖² of ``dense`` W and float32 ``stored`` Q."""
+    if dense.device.type == "cpu" and dense.dtype in (torch.float32, torch.bfloat16):
+        return distance_cpu.squares(dense, stored)
+    dense = dense.float()
+    return float((dense - stored).square().sum()), float(dense.square().sum())
