@@ -104,7 +104,7 @@ class Walk:
         self.samples, self.tokens, self._probe = len(used), team.share(used), beginning(used)
         self.team = team
         self._stays_dense = recipe.propagate == "dense"
-        self._smooths = any(method.stage == "smooth" for method in recipe.methods)
+        self._smooths = any(method.smooths for method in recipe.methods)
         self._batch = min((method.batch for method in recipe.methods if method.batch), default=None)
         self._methods = recipe.methods  # as they are bound to the present block
         self.lanes: list[Lane] = []
@@ -149,7 +149,7 @@ class Walk:
                     for model in models:
                         model.load_block(index)
                 with self.phases("map"):
-                    found = map_block(block, lanes[0].probe.call)
+                    found = map_block(block, lanes[0].probe.call, self._smooths)
                 finished = self._compress(index, found, lanes)
                 finished.report.seconds = time.perf_counter() - started
                 finished.report.peak_memory_bytes = peak_memory_bytes(self.model.device)
@@ -286,8 +286,7 @@ class Walk:
                 way.output_rounding[self.model.model.get_submodule(matrix.name)] = _rounding(matrix.outputs)
 
     def _group_report(self, group: InputGroup, work: MatrixGroup, peaks: Tensor) -> GroupReport:
-        smooths = self._smooths or work.smoothing is not None
-        folded = work.smoothing is not None if smooths else None
+        folded = work.smoothing is not None if self._smooths else None
         inputs = described(peaks, work.smoothing) if self.samples else {}
         return GroupReport(group.name, folded, group.fold_refusal if folded is False else "", work.figures, inputs)
 

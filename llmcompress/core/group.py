@@ -141,7 +141,13 @@ class MatrixGroup:
         return twin
 
     def smooth(self, s: Tensor, stats: InputStats) -> None:
-        """Divides the inputs by ``s`` (in,), snapped, and multiplies the matrices' columns; statistics follow."""
+        """Divides the inputs by ``s`` (in,), snapped, and multiplies the matrices' columns; statistics follow.
+
+        Raises:
+            RuntimeError: nothing takes the division up.
+        """
+        if self.fold_refusal:
+            raise RuntimeError(f"{self.name}: its inputs cannot be divided, {self.fold_refusal}")
         before = 1.0 if self.smoothing is None else self.smoothing
         s = self.snap(before * s) / before
         for matrix in (*self.matrices, *self.bystanders):
@@ -186,6 +192,11 @@ class Method:
     batch: int | None = None
     by_rows: bool = False
     learns: bool = False
+
+    @property
+    def smooths(self) -> bool:
+        """Whether it divides inputs by scales, which the norms before them have to take up."""
+        return self.stage == "smooth"
 
     def misfit(self, columns: int) -> str:
         """Why a matrix with ``columns`` inputs cannot take this step; empty if it can."""

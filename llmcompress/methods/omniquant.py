@@ -79,12 +79,17 @@ class OmniQuant(Method):
         """The inputs' largest values, for the scales to start from; the dense model's rows, if they are aimed at."""
         return SmoothQuant().needs | self._rounding.needs | ({"cross"} if self.target == "dense" else frozenset())
 
+    @property
+    def smooths(self) -> bool:
+        """If it starts from scales, or learns them."""
+        return self.scales or self.alpha is not None
+
     def misfit(self, columns: int) -> str:
         return self._rounding.misfit(columns)
 
     def misplaced(self, before: Sequence[Method]) -> str:
-        smooths = any(method.stage == "smooth" for method in before)
-        return "omniquant learns the smoothing itself" if smooths else super().misplaced(before)
+        smoothed = any(method.smooths for method in before)
+        return "omniquant learns the smoothing itself" if smoothed else super().misplaced(before)
 
     def draft(self) -> OmniQuant:
         """Trials have one lane."""

@@ -72,12 +72,13 @@ class BlockMap:
 
 
 @torch.no_grad()
-def map_block(block: Block, call: Call) -> BlockMap:
+def map_block(block: Block, call: Call, folds: bool = True) -> BlockMap:
     """Finds the input groups of a block and verifies which of them can be smoothed.
 
     Args:
         block: with its weights loaded.
         call: arguments with which the model calls it, for a few tokens.
+        folds: False if nothing smooths: then no fold is looked for, which takes a forward for each norm.
 
     Returns:
         Groups in calling order; `fold` is set only where scaling by powers of two left the block's output unchanged.
@@ -92,7 +93,9 @@ def map_block(block: Block, call: Call) -> BlockMap:
     found = list(groups.values())
     for (key, geometry), group in groups.items():
         norm = record.writers.get(key)
-        if geometry:
+        if not folds:
+            group.fold_refusal = "no step smooths"
+        elif geometry:
             group.fold_refusal = "a convolution reads it, patch by patch"
         elif norm is not None:
             group.fold, group.fold_refusal = find_fold(

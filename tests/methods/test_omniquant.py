@@ -70,6 +70,7 @@ class OnlySmooth(Method):
     inner: OmniQuant
     learned: LearnedQuant | None = None
     stage = "quantize"
+    smooths = True
     needs = OmniQuant(W4).needs
     batch = 1
 

@@ -85,6 +85,19 @@ def test_norm_whose_output_is_read_elsewhere_is_refused(tmp_path: Path) -> None:
     assert any("something else reads" in g.fold_refusal for g in found.groups)
 
 
+def test_where_nothing_smooths_the_block_runs_once_and_the_groups_are_the_same(tmp_path: Path) -> None:
+    _, block, found, call = mapped(tiny_folder(tmp_path, "llama"))
+    runs: list[int] = []
+    counting = block.module.input_layernorm.register_forward_hook(lambda *_: runs.append(1))
+    without = map_block(block, call, folds=False)
+    counting.remove()
+    assert len(runs) == 1
+    names = [[[m.name for m in group.matrices] for group in each.groups] for each in (found, without)]
+    assert names[0] == names[1]
+    assert {group.fold_refusal for group in without.groups} == {"no step smooths"}
+    assert not any(group.fold for group in without.groups)
+
+
 def test_snapped_scale_divides_the_norm_exactly_in_its_stored_dtype(tmp_path: Path) -> None:
     _, _, found, _ = mapped(tiny_folder(tmp_path, "gemma2"))
     group = next(g for g in found.groups if g.fold)
