@@ -42,7 +42,7 @@ def warm_up(recipe: Recipe, width: int, dtype: torch.dtype) -> None:
         add_gram(torch.zeros(LEAST_WIDTH, LEAST_WIDTH), torch.zeros(2, LEAST_WIDTH, dtype=dtype))
     stats = InputStats(width, needs, length=16)
     stats.update(rows, rows)
-    work = MatrixGroup([Matrix("warm-up", rows[:16].to(torch.float32, copy=True))])
+    work = MatrixGroup([Matrix("warm-up", rows.to(torch.float32, copy=True))])
     run_methods(recipe.methods, work, stats)
     work.inputs_at_run_time(rows.repeat(-(-COMPILED_ENTRIES // rows.numel()), 1))
 
