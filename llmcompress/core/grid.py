@@ -24,6 +24,8 @@ from llmcompress.errors import UserError
 
 #: entries that are rounded at once
 PART_ENTRIES = 1 << 20
+#: columns that share a scale, up to which torch is slow at finding their range
+FEW = 32
 #: entries from which a compiled kernel is used: a model that only runs, or few values, want no compiler
 COMPILED_ENTRIES = 1 << 14
 
@@ -165,7 +167,7 @@ class QuantGrid:
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest value of each part of ``x`` (rows, cols) that shares a scale, and zero, (rows or 1, G)."""
-        if isinstance(self.group, int) and _compiles(x, torch.float32):
+        if isinstance(self.group, int) and self.group <= FEW and x.is_contiguous() and _compiles(x, torch.float32):
             return _kernels().ranges(x, self.group)
         grouped = self._grouped(x.float())
         return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)

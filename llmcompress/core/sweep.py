@@ -36,7 +36,7 @@ MOST_DAMPING = 1e4
 #: columns whose carried errors one matrix product gives
 BLOCK = 512
 #: entries of E that are kept at once where rows do not depend on each other, and rows that are worth a product
-PART_ENTRIES, PART_ROWS = 4 << 20, 512
+PART_ENTRIES, PART_ROWS = 6 << 20, 512
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def sweep(
         return Q if out is None else out.copy_(Q)
     W = weight.contiguous()
     Q = torch.empty_like(W) if out is None else out
-    step = len(W) if mask is not None and mask.compares_rows else max(PART_ENTRIES // W.shape[1], PART_ROWS)
+    most = len(W) if mask is not None and mask.compares_rows else max(PART_ENTRIES // W.shape[1], PART_ROWS)
+    step = -(-len(W) // -(-len(W) // most))  # parts of one size
     for first in range(0, len(W), step):
         rows = slice(first, first + step)
         kept = None if mask is None else mask.part(rows)

@@ -75,7 +75,7 @@ class Mask:
     def begin(self, adjusted: Tensor, j: int) -> None:
         """Drops the lowest w² V_kk²: N:M within each row, a ratio over all rows of the block, with exact totals."""
         columns = slice(j, j + adjusted.shape[1])
-        score = (adjusted * self.diagonal[columns]).square()
+        score = (adjusted * self.diagonal[columns]).square_()
         if self.sparsity.m:
             self.keep[:, columns] = self.sparsity.keep_mask(score)
             return
