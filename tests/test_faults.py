@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from llmcompress import api, compress
 from llmcompress.errors import Fault, UserError
 from llmcompress.lock import Lock
 from llmcompress.recipe import Recipe
-from llmcompress.resume import folder_of
+from llmcompress.resume import KeptBlock, Workplace, folder_of
 from llmcompress.walk import Walk
 from tests import killing
 from tests.architectures import tiny_folder
@@ -61,15 +62,21 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 def at_the_second_block(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
-    """Something happens when the second block comes to be compressed; once."""
-    serve, happened = Walk._serve, []
+    """Something happens when the second block comes to be compressed and the first is on disk; once."""
+    serve, keep, kept, happened = Walk._serve, Workplace.keep_block, threading.Event(), []
+
+    def told(work: Workplace, index: int, block: KeptBlock) -> None:
+        keep(work, index, block)
+        kept.set()
 
     def first_this(walk: Walk, group: Any, *rest: Any) -> Any:
         if group.name.startswith("model.layers.1.") and not happened:
+            assert kept.wait(60)
             happened.append(group)
             happens()
         return serve(walk, group, *rest)
 
+    monkeypatch.setattr(Workplace, "keep_block", told)
     monkeypatch.setattr(Walk, "_serve", first_this)
 
 
