@@ -237,10 +237,10 @@ def _squares(
     weight: Tensor, smoothing: Tensor | None, dense: Tensor, rows: Tensor | None, dense_rows: Tensor | None
 ) -> tuple[float, float]:
     """‖W X − Q X̂‖² and ‖W X‖² of one matrix, some outputs at a time, so that what lies between stays small."""
-    lost = meant = 0.0
-    step = max(ERROR_ENTRIES // weight.shape[1], 1)
     if rows is None or dense_rows is None:
         return _distance(dense, weight if smoothing is None else weight / smoothing)
+    lost = meant = 0.0
+    step = max(ERROR_ENTRIES // weight.shape[1], 1)
     for stored, W in zip(weight.split(step), dense.split(step), strict=True):
         stored = stored if smoothing is None else stored / smoothing
         if rows is dense_rows:
